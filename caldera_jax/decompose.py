@@ -1,0 +1,228 @@
+"""CALDERA, Algorithm 1 of arXiv 2405.18886: W ≈ Q + LR by alternating LDLQ and LPLRFactorize."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Key
+
+from caldera_jax import hessian
+from caldera_jax.codebooks import Codebook, Quantized, by_bits, quantize
+from caldera_jax.hessian import HessianFactors
+from caldera_jax.ldlq import ldlq
+from caldera_jax.lplr import LowRank, better, lplr_factorize
+from caldera_jax.objective import ratio
+from caldera_jax.regression import SVDS
+
+
+@dataclass(frozen=True)
+class CalderaConfig:
+    """Every choice of the method; hashable, so that one configuration and one shape compile once.
+
+    rank: k of L R; 0 for Q alone.  q_bits: 2, 3 or 4 for the lattice; 0 for L R alone.
+    factor_bits: of L and R, or (left, right); 2, 3, 4 lattice, 8 scalar, 16 float16.
+    quantizer, factor_quantizer: a family by name (e8p, uniform, dithered, nf) or a Codebook, which then sets the bits.
+    outer_iterations, inner_iterations: all run, and the best half step is kept.
+    order: "lr-first" as in the authors' scripts, or "q-first" as printed.
+    downdate: the paper's Hessian update, Q ignores the directions that LR repairs.
+    refine_passes: coordinate descent passes after each LDLQ (the original: 10).
+    svd: "exact" or "randomized".  rotation: "hadamard", "orthogonal" or "none".
+    damping: added to H in units of its mean diagonal; serves the optimization only.
+    q_metric, lr_metric: "data" minimises the error on X; "plain" forgets X in that half step.
+    """
+
+    rank: int = 64
+    q_bits: int = 2
+    factor_bits: int | tuple[int, int] = 4
+    quantizer: str | Codebook = "e8p"
+    factor_quantizer: str | Codebook = "e8p"
+    outer_iterations: int = 15
+    inner_iterations: int = 10
+    order: Literal["lr-first", "q-first"] = "lr-first"
+    downdate: bool = False
+    refine_passes: int = 0
+    svd: Literal["exact", "randomized"] = "exact"
+    rotation: Literal["hadamard", "orthogonal", "none"] = "hadamard"
+    damping: float = 0.01
+    q_metric: Literal["data", "plain"] = "data"
+    lr_metric: Literal["data", "plain"] = "data"
+
+    def __post_init__(self):
+        _one_of("order", self.order, ("lr-first", "q-first"))
+        _one_of("svd", self.svd, tuple(SVDS))
+        _one_of("rotation", self.rotation, ("hadamard", "orthogonal", "none"))
+        _one_of("q_metric", self.q_metric, ("data", "plain"))
+        _one_of("lr_metric", self.lr_metric, ("data", "plain"))
+        for name, least in (("rank", 0), ("refine_passes", 0), ("outer_iterations", 1), ("inner_iterations", 0),
+                            ("damping", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not (self.rank or self.q_grid):
+            raise ValueError("rank=0 and q_bits=0 leave nothing: switch on one of them")
+        _ = self.factor_grids  # raises for bits that are not offered
+
+    @property
+    def q_grid(self) -> Codebook | None:
+        """The grid of Q; None when Q is off."""
+        if not isinstance(self.quantizer, str):
+            return self.quantizer
+        return by_bits(self.quantizer, self.q_bits) if self.q_bits else None
+
+    @property
+    def factor_grids(self) -> tuple[Codebook, Codebook]:
+        """The grids of L and of R."""
+        if not isinstance(self.factor_quantizer, str):
+            return self.factor_quantizer, self.factor_quantizer
+        left, right = self.factor_bits if isinstance(self.factor_bits, tuple) else (self.factor_bits,) * 2
+        return by_bits(self.factor_quantizer, left), by_bits(self.factor_quantizer, right)
+
+    @property
+    def block(self) -> int:
+        """Columns that Q rounds together."""
+        return self.q_grid.block if self.q_grid else 1
+
+
+def _one_of(name, value, offered):
+    if value not in offered:
+        raise ValueError(f"{name} must be one of {', '.join(offered)}; got {value!r}")
+
+
+class Decomposition(NamedTuple):
+    """W ≈ Q + L R; a part that is off is None."""
+
+    q: Quantized | None
+    low_rank: LowRank | None
+
+    def dense(self) -> Float[Array, "m n"]:
+        """Q + L R."""
+        parts = ([self.q.values] if self.q else []) + ([self.low_rank.dense()] if self.low_rank else [])
+        return sum(parts[1:], parts[0])
+
+
+class Trace(NamedTuple):
+    """What happened after each half step (s of them: L R, Q, L R, … or Q, L R, …); errors use the true, undamped H.
+
+    A part that is not there yet counts as zero.  ``damping`` is the damping used, in units of H's mean diagonal.
+    """
+
+    error: Float[Array, "s"]  # sqrt(tr(E H Eᵀ) / tr(W H Wᵀ))
+    q_share: Float[Array, "s"]  # ‖Q X‖ / ‖W X‖
+    lr_share: Float[Array, "s"]  # ‖L R X‖ / ‖W X‖
+    q_scale: Float[Array, "s"]  # mean scale of Q's grid
+    factor_scale: Float[Array, "s 2"]  # mean scales of L's and R's grids
+    damping: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def quantize_step(key: Key[Array, ""], target: Float[Array, "m n"], low_rank: LowRank | None,
+                  factors: HessianFactors, config: CalderaConfig) -> Quantized:
+    """Q ← the rounding of W − L R: LDLQ on H (or on the downdated H), or plain nearest rounding."""
+    if config.q_metric == "plain":
+        return quantize(config.q_grid, target, key)
+    if config.downdate and low_rank is not None:
+        factors = downdated(factors, low_rank, config.block)
+    return ldlq(target, config.q_grid, factors, config.refine_passes, key)
+
+
+def factorize_step(key: Key[Array, ""], target: Float[Array, "m n"], factors: HessianFactors,
+                   config: CalderaConfig) -> LowRank:
+    """(L, R) ← LPLRFactorize(W − Q)."""
+    if config.lr_metric == "plain":
+        factors = hessian.identity(target.shape[1], 1, target.dtype)
+    return lplr_factorize(key, target, factors, config.rank, *config.factor_grids, config.inner_iterations,
+                          SVDS[config.svd])
+
+
+def downdated(factors: HessianFactors, low_rank: LowRank, block: int) -> HessianFactors:
+    """H' = M (I − V Vᵀ) Mᵀ, M = root of H and V the right singular vectors of L R M, damped by 0.01 (1 + mean diagonal).
+
+    Q then ignores the directions that L R will repair.  Directions in which L R is zero stay, so that L R = 0 changes
+    nothing but the damping.  Differs from the original in: 1. it deletes an arbitrary subspace while L R = 0; 2. it
+    subtracts the least eigenvalue of H', which is zero here up to rounding.  O(n³ / 3) each time.
+    """
+    basis, triangle = jnp.linalg.qr((low_rank.right.values @ factors.root).T)
+    _, size, inside = jnp.linalg.svd(low_rank.left_t.values.T @ triangle.T, full_matrices=False)
+    active = size > 10 * len(factors.h) * jnp.finfo(size.dtype).eps * size[0]
+    v = basis @ jnp.where(active, inside.T, 0)
+    m_v = factors.root @ v
+    h = factors.root @ factors.root.T - m_v @ m_v.T
+    h = (h + h.T) / 2
+    root, damping = hessian.damped_root(h, 0.01 + 0.01 * jnp.mean(jnp.diagonal(h)))
+    return HessianFactors(h, damping, root, hessian.block_ldl(root, block), jnp.all(jnp.isfinite(root)))
+
+
+def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors, config: CalderaConfig,
+            quantize_step: Callable[..., Quantized] = quantize_step,
+            factorize_step: Callable[..., LowRank] = factorize_step) -> tuple[Decomposition, Trace]:
+    """Q, L, R on their grids with small tr(E H Eᵀ), E = Q + L R − W: alternate the two half steps, keep the best.
+
+    w [m, n] in the basis of ``factors`` (factored with ``block=config.block``).  The best iterate is chosen with the
+    true H after every half step once both parts exist.  A half step of your own replaces either function; it has the
+    signature of the one it replaces.  O(T m n (n + min(m, n))) for T outer iterations with exact SVD.  Pure: numeric
+    failure shows in ``Trace.finite``.
+    Differs from the original in: 1. with L R off, W is never scaled in place; 2. scores use the undamped H.
+    """
+    use_q, use_lr = config.q_grid is not None, config.rank > 0
+    w_h = w @ factors.h
+    energy = jnp.sum(w_h * w)
+    zero = jnp.zeros((), w.dtype)
+
+    def measure(state):
+        """Error and shares of an iterate (q, q H, low_rank)."""
+        q, q_h, low_rank = state
+        e, e_h, q_share, lr_share, scale, factor_scale = w, w_h, zero, zero, zero, jnp.zeros(2, w.dtype)
+        if q is not None:
+            e, e_h, q_share, scale = e - q.values, e_h - q_h, jnp.sum(q.values * q_h), jnp.mean(q.scale)
+        if low_rank is not None:
+            left_t, right = low_rank.left_t.values, low_rank.right.values
+            right_h = right @ factors.h
+            e, e_h = e - left_t.T @ right, e_h - left_t.T @ right_h
+            lr_share = jnp.sum((left_t @ left_t.T) * (right_h @ right.T))
+            factor_scale = jnp.stack([jnp.mean(low_rank.left_t.scale), jnp.mean(low_rank.right.scale)])
+        return ratio(jnp.sum(e * e_h), energy), ratio(q_share, energy), ratio(lr_share, energy), scale, factor_scale
+
+    def q_half(key, state):
+        low_rank = state[2]
+        target = w if low_rank is None else w - low_rank.dense()
+        q = quantize_step(key, target, low_rank, factors, config)
+        return q, q.values @ factors.h, low_rank
+
+    def lr_half(key, state):
+        q, q_h, _ = state
+        return q, q_h, factorize_step(key, w if q is None else w - q.values, factors, config)
+
+    def half(step, key, state, best, least):
+        state = step(key, state)
+        row = measure(state)
+        if (state[0] is None) == use_q or (state[2] is None) == use_lr:  # the other part is still to come
+            return state, best, least, row
+        found = Decomposition(state[0], state[2])
+        if best is None:
+            return state, found, row[0], row
+        return state, *better(row[0] < least, (found, row[0]), (best, least)), row
+
+    steps = [step for step, on in ((lr_half, use_lr), (q_half, use_q)) if on]
+    steps = steps[::-1] if config.order == "q-first" else steps
+
+    def round_of(key, state, best, least):
+        rows = []
+        for step, step_key in zip(steps, jax.random.split(key, 2), strict=False):
+            state, best, least, row = half(step, step_key, state, best, least)
+            rows.append(row)
+        return state, best, least, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+    repeats = config.outer_iterations if len(steps) == 2 else 1  # one part alone has nothing to alternate with
+    keys = jax.random.split(key, repeats)
+    state, best, least, rows = round_of(keys[0], (None, None, None), None, None)
+
+    def step(carry, key):
+        *carry, row = round_of(key, *carry)
+        return tuple(carry), row
+
+    (_, best, least), later = lax.scan(step, (state, best, least), keys[1:])
+    rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *a.shape[1:])]), rows, later)
+    finite = factors.finite & jnp.isfinite(least) & jnp.all(jnp.isfinite(best.dense()))
+    return best, Trace(*rows, factors.damping, finite)

@@ -1,0 +1,136 @@
+"""The second moment of a layer's inputs: accumulated without loss, damped, factored once.
+
+H = XᵀX / tokens with the tokens as rows of X.  Everything that depends on H alone is in ``HessianFactors``.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+from safetensors.numpy import load_file, save_file
+
+
+class Moments(NamedTuple):
+    """Running sum of x xᵀ and the number of tokens; ``error`` holds what rounding took from ``sum``."""
+
+    sum: Float[Array, "n n"]
+    error: Float[Array, "n n"]
+    count: Int[Array, ""]
+
+    def mean(self) -> Float[Array, "n n"]:
+        """H = Σ x xᵀ / tokens."""
+        return (self.sum + self.error) / self.count.astype(self.sum.dtype)
+
+
+def zero(n: int, dtype=jnp.float32) -> Moments:
+    """Moments of no tokens."""
+    return Moments(jnp.zeros((n, n), dtype), jnp.zeros((n, n), dtype), jnp.zeros((), jnp.int32))
+
+
+def update(moments: Moments, x: Float[Array, "*batch n"]) -> Moments:
+    """Add the outer products of the tokens in x; O(tokens n²)."""
+    rows = x.reshape(-1, x.shape[-1]).astype(moments.sum.dtype)
+    gram = jnp.matmul(rows.T, rows, precision=lax.Precision.HIGHEST)
+    return merge(moments, Moments(gram, jnp.zeros_like(gram), jnp.asarray(len(rows), jnp.int32)))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of both sets of tokens.  The sum is compensated (Knuth's two-sum): exact to one rounding of the total."""
+    total = a.sum + b.sum
+    part = total - a.sum
+    lost = (a.sum - (total - part)) + (b.sum - part)
+    return Moments(total, a.error + b.error + lost, a.count + b.count)
+
+
+def save(path: Path, moments: dict[str, Moments]) -> None:
+    """Write named Moments to one safetensors file."""
+    save_file({f"{name}.{field}": np.asarray(value) for name, m in moments.items()
+               for field, value in m._asdict().items()}, path)
+
+
+def load(path: Path) -> dict[str, Moments]:
+    """What ``save`` wrote."""
+    arrays = load_file(path)
+    names = sorted({key.rsplit(".", 1)[0] for key in arrays})
+    return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}
+
+
+class HessianFactors(NamedTuple):
+    """All that depends on H alone, n inputs (n' = n rounded up to the quantizer's block).
+
+    ``h`` is normalised to mean diagonal 1 but not damped: errors are scored with it.  ``root`` and ``lower`` belong to
+    h + damping I = root rootᵀ (Cholesky), and ``lower`` is the unit block lower triangular factor of its block LDL.
+    """
+
+    h: Float[Array, "n n"]
+    damping: Float[Array, ""]
+    root: Float[Array, "n n"]
+    lower: Float[Array, "p p"]
+    finite: Bool[Array, ""]
+
+
+def normalise(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """h divided by its mean diagonal, and symmetric to the last bit.  A zero h stays zero."""
+    scale = jnp.mean(jnp.diagonal(h))
+    return (h + h.T) / (2 * jnp.where(scale > 0, scale, jnp.ones((), h.dtype)))
+
+
+def regularise(h: Float[Array, "n n"], damping: float) -> Float[Array, "n n"]:
+    """h / mean diagonal + damping I, as the original does with damping = 0.01."""
+    return normalise(h) + damping * jnp.eye(len(h), dtype=h.dtype)
+
+
+def damped_root(h: Float[Array, "n n"], damping: float) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """Cholesky factor of h + d I for the least d = damping, 10 damping, … that gives a finite one, and that d.
+
+    With damping = 0 the next tries are 1e-6, 1e-5, …  Gives up (NaN in the factor) when d exceeds 1000, which only
+    an h with NaN, infinities or large negative eigenvalues reaches.  O(n³ / 3) a try.
+    """
+    eye = jnp.eye(len(h), dtype=h.dtype)
+
+    def attempt(d):
+        return jnp.linalg.cholesky(h + d * eye, symmetrize_input=False), d
+
+    def failed(state):
+        root, d = state
+        return ~jnp.all(jnp.isfinite(root)) & (d < 1000)
+
+    def harder(state):
+        return attempt(jnp.maximum(10 * state[1], 1e-6))
+
+    return lax.while_loop(failed, harder, attempt(jnp.asarray(damping, h.dtype)))
+
+
+def block_ldl(root: Float[Array, "n n"], block: int) -> Float[Array, "p p"]:
+    """The unit block lower triangular factor of H = root rootᵀ = lower blockdiag(D) lowerᵀ, n padded to the block.
+
+    lower = root blockdiag(root_jj)⁻¹.  Padding is an identity, coupled to nothing.  O(n² block).
+    """
+    n = len(root)
+    pad = -n % block
+    root = jnp.pad(root, ((0, pad), (0, pad))) + jnp.diag((jnp.arange(n + pad) >= n).astype(root.dtype))
+    blocks = jnp.arange((n + pad) // block)
+    columns = root.reshape(n + pad, -1, block)
+    diagonal = columns.reshape(-1, block, *columns.shape[1:])[blocks, :, blocks]
+    inverse = lax.linalg.triangular_solve(diagonal, jnp.broadcast_to(jnp.eye(block, dtype=root.dtype), diagonal.shape),
+                                          left_side=True, lower=True)
+    return jnp.einsum("ajg,jgh->ajh", columns, inverse, precision=lax.Precision.HIGHEST).reshape(n + pad, n + pad)
+
+
+def factor(h: Float[Array, "n n"], damping: float = 0.01, block: int = 1) -> HessianFactors:
+    """Normalise, damp (raising the damping where the Cholesky fails) and factor h, once per layer; O(n³ / 3).
+
+    ``finite`` is False when h holds NaN or infinities, or has large negative eigenvalues.  The damping used is
+    reported in ``damping``, in units of the mean diagonal.
+    """
+    h = normalise(h)
+    root, used = damped_root(h, damping)
+    return HessianFactors(h, used, root, block_ldl(root, block), jnp.all(jnp.isfinite(root)))
+
+
+def identity(n: int, block: int = 1, dtype=jnp.float32) -> HessianFactors:
+    """Factors of H = I: the data-free problem ‖Q + LR − W‖²_F."""
+    return factor(jnp.eye(n, dtype=dtype), 0.0, block)
