@@ -237,7 +237,7 @@ class Half(_Codes):
         return lax.bitcast_convert_type(x.astype(self.kind), jnp.uint16)
 
     def decode(self, codes, dtype=jnp.float32):
-        return lax.bitcast_convert_type(codes, jnp.dtype(self.kind)).astype(dtype)
+        return lax.bitcast_convert_type(codes.astype(jnp.uint16), jnp.dtype(self.kind)).astype(dtype)
 
 
 def by_bits(name: str, bits: int) -> Codebook:
@@ -277,7 +277,8 @@ def fit_scale(codebook: Codebook, x: Float[Array, "m n"]) -> Float[Array, "rows 
         padded = jnp.pad(x, ((0, 0), (0, groups * codebook.group - n))).reshape(m, groups, codebook.group)
         real = (jnp.arange(groups * codebook.group) < n).reshape(1, groups, codebook.group)
         scale = codebook.scale(padded, jnp.broadcast_to(real, padded.shape))
-    return jnp.maximum(scale, 1e-30)  # grids without a zero must still round a zero matrix to (almost) zero
+    floor = float(jnp.finfo(scale.dtype).tiny) ** 0.8  # grids without a zero still round a zero matrix to one of
+    return jnp.maximum(scale, floor)  # zero energy: the square of the floor is 0
 
 
 def spread(codebook: Codebook, scale: Float[Array, "rows groups"], n: int) -> Float[Array, "rows columns"]:

@@ -13,7 +13,7 @@ from caldera_jax import hessian
 from caldera_jax.codebooks import Codebook, Quantized, by_bits, quantize
 from caldera_jax.hessian import HessianFactors
 from caldera_jax.ldlq import ldlq
-from caldera_jax.lplr import LowRank, better, lplr_factorize
+from caldera_jax.lplr import LowRank, better, empty, lplr_factorize
 from caldera_jax.objective import ratio
 from caldera_jax.regression import SVDS
 
@@ -60,7 +60,7 @@ class CalderaConfig:
                             ("damping", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not (self.rank or self.q_grid):
+        if not (self.q_grid or self.rank):  # q_grid raises for bits that are not offered
             raise ValueError("rank=0 and q_bits=0 leave nothing: switch on one of them")
         _ = self.factor_grids  # raises for bits that are not offered
 
@@ -108,10 +108,10 @@ class Trace(NamedTuple):
     A part that is not there yet counts as zero.  ``damping`` is the damping used, in units of H's mean diagonal.
     """
 
-    error: Float[Array, "s"]  # sqrt(tr(E H Eᵀ) / tr(W H Wᵀ))
-    q_share: Float[Array, "s"]  # ‖Q X‖ / ‖W X‖
-    lr_share: Float[Array, "s"]  # ‖L R X‖ / ‖W X‖
-    q_scale: Float[Array, "s"]  # mean scale of Q's grid
+    error: Float[Array, " s"]  # sqrt(tr(E H Eᵀ) / tr(W H Wᵀ))
+    q_share: Float[Array, " s"]  # ‖Q X‖ / ‖W X‖
+    lr_share: Float[Array, " s"]  # ‖L R X‖ / ‖W X‖
+    q_scale: Float[Array, " s"]  # mean scale of Q's grid
     factor_scale: Float[Array, "s 2"]  # mean scales of L's and R's grids
     damping: Float[Array, ""]
     finite: Bool[Array, ""]
@@ -137,7 +137,7 @@ def factorize_step(key: Key[Array, ""], target: Float[Array, "m n"], factors: He
 
 
 def downdated(factors: HessianFactors, low_rank: LowRank, block: int) -> HessianFactors:
-    """H' = M (I − V Vᵀ) Mᵀ, M = root of H and V the right singular vectors of L R M, damped by 0.01 (1 + mean diagonal).
+    """H' = M (I − V Vᵀ) Mᵀ, M = root of H, V the right singular vectors of L R M; damped by 0.01 (1 + mean diagonal).
 
     Q then ignores the directions that L R will repair.  Directions in which L R is zero stay, so that L R = 0 changes
     nothing but the damping.  Differs from the original in: 1. it deletes an arbitrary subspace while L R = 0; 2. it
@@ -146,7 +146,7 @@ def downdated(factors: HessianFactors, low_rank: LowRank, block: int) -> Hessian
     basis, triangle = jnp.linalg.qr((low_rank.right.values @ factors.root).T)
     _, size, inside = jnp.linalg.svd(low_rank.left_t.values.T @ triangle.T, full_matrices=False)
     active = size > 10 * len(factors.h) * jnp.finfo(size.dtype).eps * size[0]
-    v = basis @ jnp.where(active, inside.T, 0)
+    v = basis @ jnp.where(active[None], inside.T, 0)
     m_v = factors.root @ v
     h = factors.root @ factors.root.T - m_v @ m_v.T
     h = (h + h.T) / 2
@@ -165,24 +165,8 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
     failure shows in ``Trace.finite``.
     Differs from the original in: 1. with L R off, W is never scaled in place; 2. scores use the undamped H.
     """
-    use_q, use_lr = config.q_grid is not None, config.rank > 0
     w_h = w @ factors.h
     energy = jnp.sum(w_h * w)
-    zero = jnp.zeros((), w.dtype)
-
-    def measure(state):
-        """Error and shares of an iterate (q, q H, low_rank)."""
-        q, q_h, low_rank = state
-        e, e_h, q_share, lr_share, scale, factor_scale = w, w_h, zero, zero, zero, jnp.zeros(2, w.dtype)
-        if q is not None:
-            e, e_h, q_share, scale = e - q.values, e_h - q_h, jnp.sum(q.values * q_h), jnp.mean(q.scale)
-        if low_rank is not None:
-            left_t, right = low_rank.left_t.values, low_rank.right.values
-            right_h = right @ factors.h
-            e, e_h = e - left_t.T @ right, e_h - left_t.T @ right_h
-            lr_share = jnp.sum((left_t @ left_t.T) * (right_h @ right.T))
-            factor_scale = jnp.stack([jnp.mean(low_rank.left_t.scale), jnp.mean(low_rank.right.scale)])
-        return ratio(jnp.sum(e * e_h), energy), ratio(q_share, energy), ratio(lr_share, energy), scale, factor_scale
 
     def q_half(key, state):
         low_rank = state[2]
@@ -194,35 +178,45 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
         q, q_h, _ = state
         return q, q_h, factorize_step(key, w if q is None else w - q.values, factors, config)
 
-    def half(step, key, state, best, least):
-        state = step(key, state)
-        row = measure(state)
-        if (state[0] is None) == use_q or (state[2] is None) == use_lr:  # the other part is still to come
-            return state, best, least, row
-        found = Decomposition(state[0], state[2])
-        if best is None:
-            return state, found, row[0], row
-        return state, *better(row[0] < least, (found, row[0]), (best, least)), row
-
-    steps = [step for step, on in ((lr_half, use_lr), (q_half, use_q)) if on]
+    start = (None, None, None)  # Q, Q H, (L, R); zero at first, or None for good
+    if config.rank:
+        start = empty(lr_half, key, start)
+    if config.q_grid:
+        start = empty(q_half, key, start)
+    steps = [step for step, on in ((lr_half, config.rank), (q_half, config.q_grid)) if on]
     steps = steps[::-1] if config.order == "q-first" else steps
 
-    def round_of(key, state, best, least):
+    def round_of(carry, now):
+        state, best, least = carry
+        index, key = now
         rows = []
-        for step, step_key in zip(steps, jax.random.split(key, 2), strict=False):
-            state, best, least, row = half(step, step_key, state, best, least)
+        for position, (step, step_key) in enumerate(zip(steps, jax.random.split(key), strict=False)):
+            state = step(step_key, state)
+            row = measure(w, w_h, energy, factors.h, *state)
+            both = (index > 0) | (position == len(steps) - 1)  # each part was updated at least once
+            found = Decomposition(state[0], state[2])
+            best, least = better(both & ~(row[0] >= least), (found, row[0]), (best, least))
             rows.append(row)
-        return state, best, least, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        return (state, best, least), jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
     repeats = config.outer_iterations if len(steps) == 2 else 1  # one part alone has nothing to alternate with
-    keys = jax.random.split(key, repeats)
-    state, best, least, rows = round_of(keys[0], (None, None, None), None, None)
-
-    def step(carry, key):
-        *carry, row = round_of(key, *carry)
-        return tuple(carry), row
-
-    (_, best, least), later = lax.scan(step, (state, best, least), keys[1:])
-    rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *a.shape[1:])]), rows, later)
+    carry = start, Decomposition(start[0], start[2]), jnp.asarray(jnp.inf, w.dtype)
+    (_, best, least), rows = lax.scan(round_of, carry, (jnp.arange(repeats), jax.random.split(key, repeats)))
+    rows = (row.reshape(-1, *row.shape[2:]) for row in rows)
     finite = factors.finite & jnp.isfinite(least) & jnp.all(jnp.isfinite(best.dense()))
     return best, Trace(*rows, factors.damping, finite)
+
+
+def measure(w, w_h, energy, h, q: Quantized | None, q_h, low_rank: LowRank | None):
+    """Error, shares and scales of an iterate, as the first fields of Trace; O(k n (m + n)) given w H and Q H."""
+    zero = jnp.zeros((), w.dtype)
+    e, e_h, q_share, lr_share, scale, factor_scale = w, w_h, zero, zero, zero, jnp.zeros(2, w.dtype)
+    if q is not None:
+        e, e_h, q_share, scale = e - q.values, e_h - q_h, jnp.sum(q.values * q_h), jnp.mean(q.scale)
+    if low_rank is not None:
+        left_t, right = low_rank.left_t.values, low_rank.right.values
+        right_h = right @ h
+        e, e_h = e - left_t.T @ right, e_h - left_t.T @ right_h
+        lr_share = jnp.sum((left_t @ left_t.T) * (right_h @ right.T))
+        factor_scale = jnp.stack([jnp.mean(low_rank.left_t.scale), jnp.mean(low_rank.right.scale)])
+    return ratio(jnp.sum(e * e_h), energy), ratio(q_share, energy), ratio(lr_share, energy), scale, factor_scale

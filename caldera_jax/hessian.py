@@ -3,6 +3,7 @@
 H = XᵀX / tokens with the tokens as rows of X.  Everything that depends on H alone is in ``HessianFactors``.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,9 +47,11 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def save(path: Path, moments: dict[str, Moments]) -> None:
-    """Write named Moments to one safetensors file."""
+    """Write named Moments to one safetensors file, under a temporary name and then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
     save_file({f"{name}.{field}": np.asarray(value) for name, m in moments.items()
-               for field, value in m._asdict().items()}, path)
+               for field, value in m._asdict().items()}, temporary)
+    os.replace(temporary, path)
 
 
 def load(path: Path) -> dict[str, Moments]:
@@ -83,7 +86,7 @@ def regularise(h: Float[Array, "n n"], damping: float) -> Float[Array, "n n"]:
     return normalise(h) + damping * jnp.eye(len(h), dtype=h.dtype)
 
 
-def damped_root(h: Float[Array, "n n"], damping: float) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+def damped_root(h: Float[Array, "n n"], damping: float | Float[Array, ""]) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
     """Cholesky factor of h + d I for the least d = damping, 10 damping, … that gives a finite one, and that d.
 
     With damping = 0 the next tries are 1e-6, 1e-5, …  Gives up (NaN in the factor) when d exceeds 1000, which only

@@ -12,7 +12,6 @@ compute it again there.
 from functools import cache, partial
 from itertools import combinations
 
-
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -123,21 +122,21 @@ def _rank(y):
 
 
 def _nearest_e8p(x):
-    """Magnitudes [8, N], minus signs [8, N] and the shift's sign [N] of the codeword nearest to each column."""
+    """Magnitudes [8, N], minus signs [8, N] and the shift's sign [1, N] of the codeword nearest to each column."""
     scores, odd = _shape_scores(jnp.stack([x - 0.25, x + 0.25], axis=1))
     scores, total = lax.optimization_barrier((scores, jnp.sum(x, axis=0)))
     best = jnp.max(scores, axis=0)
     down = best[1] - total / 2 > best[0] + total / 2  # shift -1/4 wins
     scores = jnp.where(down, scores[:, 1], scores[:, 0])
     shape = _first_equal(scores, jnp.max(scores, axis=0))
-    shape, down = lax.optimization_barrier((shape, down))
+    shape, down = lax.optimization_barrier((shape[None], down[None]))  # [1, N], beside [8, N]
 
     v = jnp.where(down, x + 0.25, x - 0.25)
-    y, odd = lax.optimization_barrier((jnp.abs(v), jnp.where(down, odd[1], odd[0])))
+    y, odd = lax.optimization_barrier((jnp.abs(v), jnp.where(down, odd[1:], odd[:1])))
     rank = lax.optimization_barrier(_rank(y))
     sums = lax.optimization_barrier(y[TRIPLES[:, 0]] + y[TRIPLES[:, 1]] + y[TRIPLES[:, 2]])
     members = jnp.asarray((1 << TRIPLES).sum(1), jnp.int32)[_first_equal(sums, jnp.min(sums, axis=0))]
-    in_triple = (members >> jnp.arange(8, dtype=jnp.int32)[:, None]) & 1
+    in_triple = (members[None] >> jnp.arange(8, dtype=jnp.int32)[:, None]) & 1
 
     half, three, five = (jnp.asarray(a, x.dtype) for a in (0.5, 1.5, 2.5))
     threes = jnp.where(shape < 5, shape, jnp.where(shape == 5, 1, 2))  # entries above 1/2
@@ -152,7 +151,7 @@ def _flipped_entry(shape, rank, in_triple, y):
     """The entry whose sign yields to parity: the smallest (ties with one outside a triple go to one inside it)."""
     inside = jnp.where(in_triple == 1, y, jnp.inf)
     least = jnp.min(inside, axis=0)
-    first = _first_equal(inside, least)
+    first = _first_equal(inside, least)[None]
     return jnp.where(shape == 7, jnp.arange(8, dtype=jnp.int32)[:, None] == first, rank == 7)
 
 
@@ -162,14 +161,14 @@ def e8p_round(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch n"], UI
     shift = jnp.where(down, jnp.asarray(-0.25, x.dtype), jnp.asarray(0.25, x.dtype))
     values = (jnp.where(negative, -magnitude, magnitude) + shift).T.reshape(x.shape)
     place = jnp.arange(8, dtype=jnp.int32)[:, None]
-    mask = jnp.sum((magnitude == 1.5) << place, axis=0, dtype=jnp.int32)
-    is_five = magnitude == 2.5
-    five = jnp.sum(is_five * place, axis=0, dtype=jnp.int32)
-    three = jnp.where(mask == 0, five, jnp.sum((magnitude == 1.5) * place, axis=0, dtype=jnp.int32))
+    is_three, is_five = magnitude == 1.5, magnitude == 2.5
+    mask = jnp.sum(jnp.where(is_three, 1 << place, 0), axis=0, dtype=jnp.int32)
+    five = jnp.sum(jnp.where(is_five, place, 0), axis=0, dtype=jnp.int32)
+    three = jnp.where(mask == 0, five, jnp.sum(jnp.where(is_three, place, 0), axis=0, dtype=jnp.int32))
     pattern = jnp.where(jnp.any(is_five, axis=0), FIRST_FIVE_HALVES + 8 * five + three,
                         jnp.asarray(_pattern_of_mask())[mask])
-    signs = jnp.sum(negative[:7] << place[:7], axis=0, dtype=jnp.int32)
-    code = pattern << 8 | signs << 1 | down.astype(jnp.int32)
+    signs = jnp.sum(jnp.where(negative[:7], 1 << place[:7], 0), axis=0, dtype=jnp.int32)
+    code = pattern << 8 | signs << 1 | down[0].astype(jnp.int32)
     return values, code.astype(jnp.uint16).reshape(*x.shape[:-1], x.shape[-1] // 8)
 
 
@@ -177,7 +176,7 @@ def e8p_decode(codes: UInt[Array, "*batch c"], dtype=jnp.float32) -> Float[Array
     """The codewords, eight values a code."""
     code = codes.astype(jnp.int32)[..., None]
     magnitude = jnp.asarray(e8p_patterns(), dtype)[code[..., 0] >> 8]
-    negative = (code >> jnp.arange(1, 8, dtype=jnp.int32)) & 1
+    negative = (code >> jnp.arange(1, 8, dtype=jnp.int32).reshape(*[1] * codes.ndim, 7)) & 1
     odd = jnp.sum(magnitude, axis=-1, keepdims=True).astype(jnp.int32) + jnp.sum(negative, axis=-1, keepdims=True,
                                                                                  dtype=jnp.int32)
     signs = (1 - 2 * jnp.concatenate([negative, odd & 1], axis=-1)).astype(dtype)
@@ -205,7 +204,8 @@ def e8_encode(x: Float[Array, "*batch n"]) -> UInt[Array, "*batch n_8"]:
     """The 8-bit code (uint8) of the nearest point of the 1-bit E8 code: 256 dot products a vector."""
     points = jnp.asarray(e8_codewords(), x.dtype)
     vectors = x.reshape(*x.shape[:-1], -1, 8)
-    scores = jnp.matmul(vectors, points.T, precision=lax.Precision.HIGHEST) - jnp.sum(points**2, axis=1) / 2
+    norms = jnp.sum(points**2, axis=1).reshape(*[1] * x.ndim, -1)
+    scores = jnp.matmul(vectors, points.T, precision=lax.Precision.HIGHEST) - norms / 2
     return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
 
 

@@ -13,7 +13,7 @@ from caldera_jax.regression import LeftVectors, exact_svd, rank_constrained
 
 
 class LowRank(NamedTuple):
-    """L R on grids.  L is held transposed: its lattice groups run along the m outputs, those of R along the n inputs."""
+    """L R on grids.  L is held transposed: its groups run along the m outputs, those of R along the n inputs."""
 
     left_t: Quantized  # values [k, m]
     right: Quantized  # values [k, n]
@@ -28,6 +28,11 @@ def better(condition: Bool[Array, ""], new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
+def empty(function, *args):
+    """Zeros in the structure of ``function(*args)``: a loop can carry its result before the first call."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *args))
+
+
 def _solve(gram, rhs):
     """gram⁻¹ rhs for a symmetric gram [k, k], nudged so that repeated directions are shared and not blown up."""
     nudge = 4 * len(gram) * jnp.finfo(gram.dtype).eps * jnp.trace(gram) / len(gram)
@@ -40,38 +45,42 @@ def lplr_factorize(key: Key[Array, ""], a: Float[Array, "m n"], factors: Hessian
                    left_vectors: LeftVectors = exact_svd) -> LowRank:
     """Quantized L [m, k], R [k, n] with small tr((LR − A) H (LR − A)ᵀ), H = h + damping I.
 
-    From the closed form of Lemma 4.2, alternates L ← quantize(A H Rᵀ (R H Rᵀ)⁻¹) and R ← quantize(L⁺ A), and keeps the
-    best pair of all half steps, scored through Gram matrices of size k.  O(m n min(m, n)) once for the exact SVD and
-    O(k n (m + n)) an iteration.  Not monotone: rounding can undo what a least-squares step gains.
+    From the closed form of Lemma 4.2, alternates R ← quantize(L⁺ A) and L ← quantize(A H Rᵀ (R H Rᵀ)⁻¹): once for the
+    start and ``iterations`` times more.  Keeps the best pair of all half steps, scored through Gram matrices of size k.
+    O(m n min(m, n)) once for the exact SVD and O(k n (m + n)) an iteration.  Not monotone: rounding can undo what a
+    least-squares step gains.
     """
     a_h = a @ factors.h + factors.damping * a
     energy = jnp.sum(a_h * a)
-    start_key, key = jax.random.split(key)
-    start = rank_constrained(start_key, a, factors.root, rank, left_vectors)
+    svd_key, key = jax.random.split(key)
+    start = rank_constrained(svd_key, a, factors.root, rank, left_vectors)
+
+    def fit_right(key, left_t):
+        return quantize(right_grid, _solve(left_t @ left_t.T, left_t @ a), key)
+
+    def fit_left(key, gram, cross):
+        return quantize(left_grid, _solve(gram, cross), key)
 
     def loss(left_t, gram, cross):
         """From gram = R H Rᵀ and cross = R H Aᵀ."""
         return energy - 2 * jnp.sum(left_t * cross) + jnp.sum((left_t @ left_t.T) * gram)
 
-    def grams(right):
-        right_h = right @ factors.h + factors.damping * right
-        return right_h @ right.T, right @ a_h.T
-
-    def step(state, key):
-        right, (gram, cross), best, least = state
-        left_key, right_key = jax.random.split(key)
-        left_t = quantize(left_grid, _solve(gram, cross), left_key)
-        found = loss(left_t.values, gram, cross)
+    def step(state, now):
+        left_t, best, least = state
+        index, key = now
+        right_key, left_key = jax.random.split(key)
+        right = fit_right(right_key, left_t.values)
+        right_h = right.values @ factors.h + factors.damping * right.values
+        gram, cross = right_h @ right.values.T, right.values @ a_h.T
+        found = jnp.where(index > 0, loss(left_t.values, gram, cross), jnp.inf)  # the first L is not on its grid
         best, least = better(found < least, (LowRank(left_t, right), found), (best, least))
-        right = quantize(right_grid, _solve(left_t.values @ left_t.values.T, left_t.values @ a), right_key)
-        gram, cross = grams(right.values)
+        left_t = fit_left(left_key, gram, cross)
         found = loss(left_t.values, gram, cross)
-        best, least = better(found < least, (LowRank(left_t, right), found), (best, least))
-        return (right, (gram, cross), best, least), found
+        best, least = better(~(found >= least), (LowRank(left_t, right), found), (best, least))
+        return (left_t, best, least), None
 
-    left_key, right_key, key = jax.random.split(key, 3)
-    right = quantize(right_grid, start.right, right_key)
-    first = LowRank(quantize(left_grid, start.left.T, left_key), right)
-    state = right, grams(right.values), first, jnp.asarray(jnp.inf, a.dtype)
-    (_, _, best, _), _ = lax.scan(step, state, jax.random.split(key, max(iterations, 1)))
+    left_t = empty(fit_left, key, start.right @ start.right.T, start.left.T)._replace(values=start.left.T)
+    right = empty(fit_right, key, start.left.T)
+    now = jnp.arange(iterations + 1), jax.random.split(key, iterations + 1)
+    (_, best, _), _ = lax.scan(step, (left_t, LowRank(left_t, right), jnp.asarray(jnp.inf, a.dtype)), now)
     return best

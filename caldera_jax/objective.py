@@ -18,7 +18,8 @@ def ratio(loss: Float[Array, ""], energy: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(energy > 0, jnp.sqrt(loss / jnp.where(energy > 0, energy, 1)), none)
 
 
-def relative_error(w: Float[Array, "m n"], w_hat: Float[Array, "m n"], h: Float[Array, "n n"]) -> Float[Array, ""]:
+def relative_error(w: Float[Array | np.ndarray, "m n"], w_hat: Float[Array | np.ndarray, "m n"],
+                   h: Float[Array | np.ndarray, "n n"]) -> Float[Array, ""]:
     """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), E = W_hat − W, with the true (undamped, unrotated) H."""
     w, w_hat, h = (jnp.asarray(a) for a in (w, w_hat, h))
     if w.shape != w_hat.shape or h.shape != (w.shape[1], w.shape[1]):

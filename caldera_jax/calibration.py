@@ -1,0 +1,83 @@
+"""Tokens through the model, block by block, into the Moments of every linear layer's input.
+
+Only one block's weights and Moments are on the device, and the residual stream of all calibration tokens on the host.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from caldera_jax import hessian
+from caldera_jax.hessian import Moments
+from caldera_jax.models import llama
+from caldera_jax.models.llama import LlamaConfig, Params
+
+
+def embed(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"]) -> Float[np.ndarray, "w s d"]:
+    """The residual stream that enters the first block, for w windows of s tokens."""
+    return np.array(llama.embed(config, params, tokens))
+
+
+def run_block(config: LlamaConfig, block: Params, hidden: Float[np.ndarray, "w s d"],
+              batch: int = 4) -> Float[np.ndarray, "w s d"]:
+    """The residual stream after one block, ``batch`` windows at a time."""
+    block = jax.device_put(block)
+    return np.concatenate([np.asarray(_forward(config, block, hidden[i:i + batch]))
+                           for i in range(0, len(hidden), batch)])
+
+
+def calibrate_block(config: LlamaConfig, block: Params, hidden: Float[np.ndarray, "w s d"],
+                    batch: int = 4) -> tuple[Float[np.ndarray, "w s d"], dict[str, Moments]]:
+    """The residual stream after one block, and the Moments of its four inputs by the names of ``llama.INPUT_OF``.
+
+    Layers with the same input share them: q, k, v and gate, up.  O(tokens n²) an input beside the forward pass.
+    """
+    block = jax.device_put(block)
+    sizes = {llama.INPUT_OF[name]: n for name, (_, n) in llama.shapes(config).items()}
+    moments, parts = {name: hessian.zero(n) for name, n in sizes.items()}, []
+    for i in range(0, len(hidden), batch):
+        out, moments = _observe(config, block, hidden[i:i + batch], moments)
+        parts.append(np.asarray(out))
+    return np.concatenate(parts), moments
+
+
+def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], blocks: int | None = None,
+            sequential: bool = False, spill: Path | None = None) -> Iterator[tuple[int, dict[str, Moments]]]:
+    """(block index, Moments of its inputs), one block after the other, of the first ``blocks`` blocks (None: all).
+
+    ``sequential``: the caller replaces ``params["blocks"][index]`` before it asks for the next block, whose inputs are
+    then those of the compressed model.  ``spill``: a directory in which each block's Moments are kept; when it already
+    holds all of them and the model is the dense one, they are read and no token goes through the model.
+    """
+    blocks = config.layers if blocks is None else blocks
+    files = [spill / f"moments_{index:03d}.safetensors" for index in range(blocks)] if spill else []
+    if files and not sequential and all(file.is_file() for file in files):
+        yield from ((index, hessian.load(file)) for index, file in enumerate(files))
+        return
+    hidden = embed(config, params, tokens)
+    for index in range(blocks):
+        after, moments = calibrate_block(config, params["blocks"][index], hidden)
+        if files:
+            spill.mkdir(parents=True, exist_ok=True)
+            hessian.save(files[index], moments)
+        yield index, moments
+        hidden = run_block(config, params["blocks"][index], hidden) if sequential else after
+
+
+@partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")
+def _forward(config, block, x):
+    return llama.block(config, block, x, jnp.arange(x.shape[1]))[0]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+@jax.default_matmul_precision("highest")
+def _observe(config: LlamaConfig, block: Params, x: Array, moments: dict[str, Moments]):
+    y, inputs = llama.block(config, block, x, jnp.arange(x.shape[1]))
+    return y, {name: hessian.update(moments[name], inputs[name]) for name in moments}

@@ -1,0 +1,176 @@
+"""The command `caldera`: thin functions whose docstrings are the help texts."""
+
+import dataclasses
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from caldera_jax import artifact, evaluate, report
+from caldera_jax.compress import RunConfig, Tokens, texts
+from caldera_jax.compress import compress as run_compress
+from caldera_jax.decompose import CalderaConfig
+from caldera_jax.models import data
+
+PRESETS = {
+    # About a minute: the first two blocks, few tokens, few iterations.
+    "smoke": RunConfig("", CalderaConfig(rank=16, outer_iterations=2, inner_iterations=3, svd="randomized"),
+                       Tokens(windows=8, window=256), Tokens(windows=4, window=256), blocks=2),
+    # The whole model in minutes on two cores.
+    "default": RunConfig("", CalderaConfig(rank=32, outer_iterations=5, inner_iterations=10, svd="randomized")),
+    # The settings of the authors' scripts since November 2025.
+    "paper": RunConfig("", CalderaConfig(rank=64, outer_iterations=20, inner_iterations=50, downdate=True,
+                                         refine_passes=10, svd="exact"), Tokens(windows=256, window=1024), seed=42),
+}
+
+Model = Annotated[str, tyro.conf.Positional]
+Directory = Annotated[Path, tyro.conf.Positional]
+
+
+def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper"] = "default",
+             rank: int | None = None, q_bits: int | None = None, factor_bits: tuple[int, ...] | None = None,
+             outer_iterations: int | None = None, inner_iterations: int | None = None, downdate: bool | None = None,
+             refine_passes: int | None = None, svd: Literal["exact", "randomized"] | None = None,
+             order: Literal["lr-first", "q-first"] | None = None,
+             rotation: Literal["hadamard", "orthogonal", "none"] | None = None, damping: float | None = None,
+             quantizer: str | None = None, factor_quantizer: str | None = None,
+             calibration_text: str | None = None, calibration_windows: int | None = None,
+             calibration_window: int | None = None, evaluation_text: str | None = None,
+             evaluation_windows: int | None = None, evaluation_window: int | None = None,
+             activations: Literal["dense", "compressed"] | None = None, blocks: int | None = None,
+             seed: int | None = None, moments: Path | None = None) -> None:
+    """Compress a model: calibrate, compress every linear layer, evaluate before and after, write OUT/report.json.
+
+    Killed and started again with the same arguments, it goes on where it was.
+
+    Args:
+        model: smollm2-135m (built in), a directory with config.json, *.safetensors and tokenizer.json, a .gguf file,
+            or a hub id org/name.
+        out: directory of the compressed model; must be new, or of the same run.
+        preset: smoke (two blocks, a minute), default (minutes), paper (the authors' settings: hours). What follows
+            overrides it.
+        rank: k of L R; 0 for Q alone.
+        q_bits: bits of Q: 2, 3 or 4 on the lattice; 0 for L R alone.
+        factor_bits: bits of L and R (one number for both, or two): 2, 3, 4 lattice, 8 scalar, 16 float16.
+        outer_iterations: rounds of Q and L R; all run, the best half step is kept.
+        inner_iterations: rounds of L and R within each.
+        downdate: let Q ignore the directions that L R repairs.
+        refine_passes: passes of coordinate descent after each LDLQ.
+        svd: of the closed form.
+        order: which half step comes first.
+        rotation: applied on both sides before anything else.
+        damping: added to the Hessian, in units of its mean diagonal.
+        quantizer: family of Q's grid: e8p, uniform, dithered or nf.
+        factor_quantizer: family of the factors' grids.
+        calibration_text: enwiki (built in), a text file, or a directory of .txt and .md files.
+        calibration_windows: windows of calibration text.
+        calibration_window: tokens a window.
+        evaluation_text: the same for perplexity; the same text as for calibration is split by document.
+        evaluation_windows: windows of evaluation text.
+        evaluation_window: tokens a window.
+        activations: calibrate on the dense model, or on the one whose earlier blocks are compressed already.
+        blocks: compress only the first so many blocks.
+        seed: of the rotations and of whatever else is random.
+        moments: directory to keep the calibration Moments in, read again by later runs on the same model and text.
+    """
+    if factor_bits is not None and len(factor_bits) not in (1, 2):
+        raise ValueError(f"factor_bits takes one number, or two for L and R; got {len(factor_bits)}")
+    bits = factor_bits[0] if factor_bits is not None and len(factor_bits) == 1 else factor_bits
+    base = PRESETS[preset]
+    config = override(base, model=model, activations=activations, blocks=blocks, seed=seed, caldera=override(
+        base.caldera, rank=rank, q_bits=q_bits, factor_bits=bits, outer_iterations=outer_iterations,
+        inner_iterations=inner_iterations, downdate=downdate, refine_passes=refine_passes, svd=svd, order=order,
+        rotation=rotation, damping=damping, quantizer=quantizer, factor_quantizer=factor_quantizer),
+        calibration=override(base.calibration, text=calibration_text, windows=calibration_windows,
+                             window=calibration_window),
+        evaluation=override(base.evaluation, text=evaluation_text, windows=evaluation_windows, window=evaluation_window))
+    print(table(run_compress(config, out, moments)))
+    print(f"\nwritten: {out / 'report.json'}")
+
+
+def override(base: Any, **changes: Any) -> Any:
+    """The dataclass with every change that is not None."""
+    return dataclasses.replace(base, **{name: value for name, value in changes.items() if value is not None})
+
+
+def table(r: dict[str, Any]) -> str:
+    """The report of a run for people."""
+    lines = [f"{r['model']}: {len(r['layers'])} linear layers, {r['compressed_weights'] / 1e6:.1f} million weights",
+             f"  perplexity        base {r['base_perplexity']:.3f}   compressed {r['compressed_perplexity']:.3f}   "
+             f"({r['evaluated_tokens']} tokens)",
+             f"  bits per weight   {r['bits_per_weight']:.4f}   (compressed linear layers, everything stored)",
+             f"  layers            {r['stored_bytes'] / 1e6:.1f} MB; whole model {r['model_bytes'] / 1e6:.1f} MB, with the "
+             f"embedding dense; on disk {r['disk_bytes'] / 1e6:.1f} MB",
+             f"  layer error       mean {r['mean_layer_error']:.4f}   max {r['max_layer_error']:.4f}",
+             "  stage                 seconds  of it compiling  peak memory"]
+    lines += [f"    {name:20s} {stage['seconds']:8.1f} {stage['compile_seconds']:16.1f} "
+              f"{stage['peak_memory_bytes'] / 1e9:9.2f} GB" for name, stage in r["stages"].items()]
+    return "\n".join(lines)
+
+
+def evaluate_(directory: Directory, text: str | None = None, windows: int | None = None,
+              window: int | None = None) -> None:
+    """Perplexity of a compressed model, from disk, on the text its run was evaluated on or on another one.
+
+    Args:
+        directory: of the compressed model.
+        text: enwiki (built in; the part that the run was not calibrated on), a text file, or a directory.
+        windows: number of windows.
+        window: tokens a window.
+    """
+    run = artifact.read_manifest(directory)["run"]["config"]
+    ours, theirs = ({k: v for k, v in run[part].items() if k != "kind"} for part in ("calibration", "evaluation"))
+    config = RunConfig(run["model"], calibration=Tokens(**ours),
+                       evaluation=override(Tokens(**theirs), text=text, windows=windows, window=window))
+    model = artifact.load(directory)
+    _, tokens = texts(config, model)
+    value = evaluate.perplexity(model.config, model.params, tokens, title="perplexity")
+    print(f"{directory}: perplexity {value:.4f} on {tokens.shape[0]} windows of {tokens.shape[1]} tokens of "
+          f"{config.evaluation.text}")
+
+
+def inspect(directory: Directory) -> None:
+    """Show the layers of a compressed model: shape, rank, error, bits, seconds.
+
+    Args:
+        directory: of the compressed model.
+    """
+    artifact.read_manifest(directory)
+    r = report.read_json(directory / "report.json")
+    print(f"{'layer':18s} {'m':>6s} {'n':>6s} {'rank':>5s} {'error':>8s} {'bits':>7s} {'damping':>8s} {'seconds':>8s}")
+    for row in r["layers"]:
+        m, n = row["shape"]
+        print(f"{row['path']:18s} {m:6d} {n:6d} {row['rank']:5d} {row['error']:8.4f} {row['bits_per_weight']:7.4f} "
+              f"{row['damping']:8.3g} {row['seconds']:8.2f}")
+    print(table(r))
+
+
+def fetch(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("smollm2-135m", "enwiki")) -> None:
+    """Fetch built-in models and texts into the cache, so that later runs need no network.
+
+    Args:
+        names: of built-ins.
+    """
+    for name in names:
+        print(name, data.fetch_text(name) if name in data.TEXTS else data.fetch_model(name))
+
+
+def main() -> None:
+    """Entry point: bad input prints one line and exits with 2; nothing finished is lost."""
+    try:
+        tyro.extras.subcommand_cli_from_dict({"compress": compress, "eval": evaluate_, "inspect": inspect, "fetch": fetch},
+                                             description=__doc__)
+    except ValueError as error:
+        sys.exit(_say(str(error)))
+    except OSError as error:
+        full = " The disk is full: free some space and run the same command again; finished layers are kept."
+        sys.exit(_say(f"{error}.{full if error.errno == errno.ENOSPC else ''}"))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; run the same command again to go on from the last finished layer"))
+
+
+def _say(text: str) -> int:
+    print(f"caldera: {text}", file=sys.stderr)
+    return 2

@@ -1,0 +1,160 @@
+"""A compressed linear layer, its exact size, and the one place where a product with a weight is dispatched."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import NamedTuple, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from caldera_jax import hessian, incoherence
+from caldera_jax.codebooks import Codebook, Quantized, dequantize
+from caldera_jax.decompose import CalderaConfig, Decomposition, Trace, caldera
+from caldera_jax.incoherence import Rotation
+from caldera_jax.packing import pack as pack_codes
+from caldera_jax.packing import pack_signs, unpack, unpack_signs
+
+
+class Packed(NamedTuple):
+    """A quantized matrix as it is stored: rows of packed codes, and scales."""
+
+    codes: Array  # uint8 [rows, bytes]
+    scale: Array  # [1, 1] or [rows, groups]
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CompressedLinear:
+    """W [m, n] ≈ Uᵀ (Q + L R) V, everything packed; a pytree whose leaves are all that must be stored.
+
+    q: rows of Q.  left_t: rows of Lᵀ [k, m].  right: rows of R [k, n].  A part that is off is None.
+    left_side, right_side: the rotations U of the outputs and V of the inputs: packed sign bits (randomized Hadamard),
+    a tuple of orthogonal factors, or the empty tuple for none.
+    """
+
+    q: Packed | None
+    left_t: Packed | None
+    right: Packed | None
+    left_side: Array | tuple[Array, ...]
+    right_side: Array | tuple[Array, ...]
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    grids: tuple[Codebook | None, Codebook, Codebook] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """k of L R."""
+        return 0 if self.right is None else self.right.codes.shape[0]
+
+    @property
+    def stored_bits(self) -> int:
+        """Every bit that must be kept: codes with their padding, scales, and signs or orthogonal factors."""
+        return sum(8 * math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def dtype(self):
+        """The dtype of the scales, and so of ``dense()``."""
+        return (self.q or self.right).scale.dtype
+
+    def rotated(self) -> tuple[Array | None, Array | None, Array | None]:
+        """Q [m, n], L [m, k], R [k, n] decoded, in the rotated basis; None for a part that is off."""
+        m, n = self.shape
+        q, left_t, right = (_decode(grid, part, width) for grid, part, width in
+                            zip(self.grids, (self.q, self.left_t, self.right), (n, m, n), strict=True))
+        return q, None if left_t is None else left_t.T, right
+
+    def sides(self, dtype) -> Rotation:
+        """U and V as ``incoherence`` takes them."""
+        sides = jax.tree.map(jnp.asarray, (self.left_side, self.right_side))  # NumPy leaves are welcome
+        return Rotation(*(side if isinstance(side, tuple) else unpack_signs(side, size, dtype)
+                          for side, size in zip(sides, self.shape, strict=True)))
+
+    def dense(self) -> Float[Array, "m n"]:
+        """The matrix in the caller's basis and units."""
+        q, left, right = self.rotated()
+        low_rank = jnp.zeros(self.shape, self.dtype) if left is None else left @ right
+        return incoherence.undo(self.sides(self.dtype), low_rank if q is None else q + low_rank)
+
+
+def _decode(grid, part, width):
+    if part is None:
+        return None
+    count = -(-width // grid.block)
+    return dequantize(grid, unpack(jnp.asarray(part.codes), grid.code_bits, count), jnp.asarray(part.scale), width)
+
+
+def apply(weight: Array | np.ndarray | CompressedLinear, x: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
+    """x @ weightᵀ in the dtype of x, for a dense [m, n] array or a compressed weight.
+
+    A compressed weight is never put together: x is rotated, multiplied by Q and, beside it, by R and L, and rotated
+    back.  Raises ValueError where the last axis of x is not n.
+    """
+    m, n = weight.shape
+    if x.shape[-1] != n:
+        raise ValueError(f"the weight is [{m}, {n}], so x needs a last axis of {n}; got shape {x.shape}")
+    if not isinstance(weight, CompressedLinear):
+        return x @ jnp.asarray(weight).astype(x.dtype).T
+    sides = weight.sides(x.dtype)
+    x = incoherence.forward(sides.right, x)
+    q, left, right = (None if part is None else part.astype(x.dtype) for part in weight.rotated())
+    y = 0 if q is None else x @ q.T
+    if left is not None:
+        y = y + (x @ right.T) @ left.T
+    return incoherence.backward(sides.left, y)
+
+
+def pack(decomposition: Decomposition, rotation: Rotation, config: CalderaConfig, scale: Float[Array, ""]
+         ) -> CompressedLinear:
+    """Store a decomposition of the rotated U W Vᵀ / scale; the scale goes into the scales of Q and of L."""
+    q, low_rank = decomposition.q, decomposition.low_rank
+    grids = (config.q_grid, *config.factor_grids)
+
+    def packed(part: Quantized | None, grid, unit):
+        return None if part is None else Packed(pack_codes(part.codes, grid.code_bits), part.scale * unit)
+
+    left_t, right = (None, None) if low_rank is None else low_rank
+    one = jnp.ones((), scale.dtype)
+    m, n = (left_t.values.shape[1], right.values.shape[1]) if q is None else q.values.shape
+    sides = (pack_signs(side) if isinstance(side, jax.Array) else side for side in rotation)
+    return CompressedLinear(packed(q, grids[0], scale), packed(left_t, grids[1], scale), packed(right, grids[2], one),
+                            *sides, (m, n), grids)
+
+
+def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "n n"],
+                    config: CalderaConfig, name: str = "the matrix") -> tuple[CompressedLinear, Trace]:
+    """Compress one W [m, n] for inputs of second moment h [n, n]: normalise, rotate, factor, ``caldera``, pack.
+
+    ``h`` is symmetric positive semidefinite, in any units, not rotated.  One compilation per shape, dtype and config.
+    Returns the layer and its Trace, whose errors are against h itself.
+    Raises ValueError (naming ``name``) for shapes that do not fit, rank > min(m, n), NaN or infinities in w or h, or an
+    h that no damping makes positive definite.
+    """
+    w, h = jnp.asarray(w), jnp.asarray(h)
+    if w.ndim != 2 or h.shape != (w.shape[1],) * 2:
+        raise ValueError(f"{name}: need w [m, n] and h [n, n]; got {w.shape} and {h.shape}")
+    if config.rank > min(w.shape):
+        raise ValueError(f"{name}: rank {config.rank} exceeds min(m, n) = {min(w.shape)}: choose a lower rank")
+    for what, array in (("weight", w), ("Hessian", h)):
+        if not bool(jnp.all(jnp.isfinite(array))):
+            raise ValueError(f"{name}: the {what} holds NaN or infinite values: check the file or the calibration text")
+    dtype = w.dtype if w.dtype in (jnp.float32, jnp.float64) else jnp.dtype(jnp.float32)
+    compressed, trace = _compress(key, w.astype(dtype), h.astype(dtype), config)
+    if not bool(trace.finite):
+        raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite, or the "
+                         "iteration overflowed: check that h is symmetric positive semidefinite")
+    return compressed, trace
+
+
+@partial(jax.jit, static_argnums=3)
+@jax.default_matmul_precision("highest")
+def _compress(key, w, h, config):
+    rotate_key, key = jax.random.split(key)
+    peak = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
+    scale = peak * jnp.maximum(jnp.sqrt(jnp.mean((w / peak) ** 2)), 1e-6)  # no square leaves the range of the dtype
+    rotated, h, rotation = incoherence.rotate(rotate_key, w / scale, h, config.rotation)
+    decomposition, trace = caldera(key, rotated, hessian.factor(h, config.damping, config.block), config)
+    return pack(decomposition, rotation, config, scale), trace

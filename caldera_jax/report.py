@@ -1,0 +1,125 @@
+"""One way to record a run: configuration and its hash, seed, versions, machine, compile and steady seconds, memory."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("caldera-jax", "jax", "jaxlib", "numpy", "scipy", "safetensors", "tokenizers", "gguf")
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as what JSON can hold; a dataclass that stands for a choice keeps its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def config_hash(config: Any) -> str:
+    """Twelve hexadecimal digits that change with any field of the configuration."""
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write under a temporary name, then rename: the file is never half there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """What ``write_json`` wrote; ValueError naming a file that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}): remove it and start again") from error
+
+
+def provenance(config: Any, seed: int) -> dict[str, Any]:
+    """What a record needs besides its results: config, config_hash, seed, versions, machine."""
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"config": plain(config), "config_hash": config_hash(config), "seed": seed,
+            "versions": {"python": platform.python_version(), **installed}, "machine": machine()}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory and the devices JAX sees."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"system": platform.system(), "processor": _processor(), "cores": cores, "memory_bytes": memory,
+            "devices": [device.device_kind for device in jax.devices()]}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class Clock:
+    """Seconds and peak memory by stage, with the seconds that XLA compiled told apart."""
+
+    def __init__(self):
+        self.stages: dict[str, dict[str, float]] = {}
+        self.compiled = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event.endswith(("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")):
+            self.compiled += seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, float]]:
+        """Time a part of the run; parts of the same name add up.  Yields the part's own record."""
+        _reset_peak()
+        start, compiled = time.perf_counter(), self.compiled
+        part = {"seconds": 0.0, "compile_seconds": 0.0}
+        try:
+            yield part
+        finally:
+            part["seconds"] = time.perf_counter() - start
+            part["compile_seconds"] = min(self.compiled - compiled, part["seconds"])
+            total = self.stages.setdefault(name, {"seconds": 0.0, "compile_seconds": 0.0, "peak_memory_bytes": 0})
+            for field, value in part.items():
+                total[field] += value
+            total["peak_memory_bytes"] = max(total["peak_memory_bytes"], peak_memory())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, their total, and how much of it was compilation."""
+        by_stage = {name: round(stage["seconds"], 3) for name, stage in self.stages.items()}
+        compiling = sum(stage["compile_seconds"] for stage in self.stages.values())
+        return {**by_stage, "total": round(sum(by_stage.values()), 3), "compile": round(compiling, 3)}
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process, in bytes, since the current stage began (since its start off Linux)."""
+    try:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux, or not allowed: the peak then counts from the start of the process

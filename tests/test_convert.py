@@ -1,0 +1,364 @@
+"""Model files: round trips, agreement of GGUF with Hugging Face, and a clear refusal of everything else."""
+
+import dataclasses
+import json
+import sys
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
+
+from caldera_jax.models import convert, data, llama, tokenizer
+from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig
+
+SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+PLAIN = LlamaConfig(vocab=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, norm_eps=1e-5, context=256)
+CONFIGS = {
+    "llama": PLAIN,
+    "tied": dataclasses.replace(PLAIN, tied=True, kv_heads=4),
+    "llama3": dataclasses.replace(PLAIN, rope_theta=5e5, rope_scaling=SCALING, head_dim=16),
+    "mistral": dataclasses.replace(PLAIN, sliding_window=16),
+    "qwen2": dataclasses.replace(PLAIN, qkv_bias=True),
+}
+forward = jax.jit(llama.forward, static_argnums=0)
+TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, 24)))
+
+
+def make(config, dtype=np.float32):
+    return jax.tree.map(lambda p: np.asarray(p).astype(dtype), llama.init(jax.random.key(0), config))
+
+
+def assert_equal_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+# ---- Hugging Face directories
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_saving_and_loading_is_exact_whatever_the_shards(tmp_path, dtype, shard_bytes):
+    params = make(PLAIN, dtype)
+    convert.save_hf(tmp_path, PLAIN, params, shard_bytes)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes < 2**30)
+    config, loaded = convert.from_hf(tmp_path)
+    assert config == PLAIN and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(loaded))
+    assert_equal_trees(loaded, params)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_configuration_survives_its_file(tmp_path, config):
+    convert.save_hf(tmp_path, config, make(config))
+    assert convert.from_hf(tmp_path)[0] == config
+
+
+def test_a_configuration_that_no_architecture_describes_is_not_written(tmp_path):
+    mixture = dataclasses.replace(PLAIN, qkv_bias=True, sliding_window=8)
+    with pytest.raises(ValueError, match="no Hugging Face architecture"):
+        convert.save_hf(tmp_path, mixture, make(mixture))
+
+
+def test_a_model_is_not_written_over_another(tmp_path):
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN))
+    with pytest.raises(ValueError, match="already holds"):
+        convert.save_hf(tmp_path, PLAIN, make(PLAIN))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
+def test_what_transformers_saves_gives_the_same_logits(tmp_path, kind):
+    torch = pytest.importorskip("torch", reason="torch is the other side of this test")
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
+    options = {"Llama": {"rope_theta": 5e4, "tie_word_embeddings": True}, "Mistral": {"sliding_window": 5}, "Qwen2": {}}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, max_position_embeddings=64, **options[kind])  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(torch.tensor(np.array(TOKENS))).logits.numpy()
+    config, params = convert.from_hf(tmp_path)
+    np.testing.assert_allclose(forward(config, params, TOKENS), expected, atol=1e-4)
+
+
+LLAMA_2 = {
+    "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
+    "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False, "vocab_size": 32000,
+}  # fmt: skip
+
+
+def test_llama_2_configuration_is_read():
+    expected = LlamaConfig(32000, 4096, 32, 32, 32, 128, 11008, 10_000.0, None, 1e-5, False, 4096)
+    assert convert.config_from_hf(LLAMA_2) == expected
+
+
+def test_old_and_new_rope_keys_mean_the_same():
+    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192, "rope_type": "llama3"}  # fmt: skip
+    old = convert.config_from_hf(LLAMA_2 | {"rope_theta": 5e5, "rope_scaling": scaling})
+    new = convert.config_from_hf(LLAMA_2 | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    assert (
+        old
+        == new
+        == dataclasses.replace(
+            convert.config_from_hf(LLAMA_2), rope_theta=5e5, rope_scaling=Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
+        )
+    )
+
+
+def test_mistral_window_is_4096_unless_the_file_says_otherwise():
+    mistral = LLAMA_2 | {"architectures": ["MistralForCausalLM"]}
+    assert convert.config_from_hf(mistral).sliding_window == 4096
+    assert convert.config_from_hf(mistral | {"sliding_window": None}).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
+        ({"architectures": None}, "none named"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor as a number, got None"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_size": "4096"}, "hidden_size as a positive integer, got '4096'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps as a number, got None"),
+        ({"vocab_size": None}, "vocab_size as a positive integer, got None"),
+        ({"num_key_value_heads": 5}, "do not divide"),
+    ],
+)
+def test_an_unsupported_configuration_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        convert.config_from_hf(LLAMA_2 | change)
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(Q), f"{Q} is missing"),
+        (lambda t: t.update({"model.layers.0.mlp.experts": t[Q]}), "does not use: model.layers.0.mlp.experts"),
+        (
+            lambda t: t.update({Q: t[Q][:-1].copy()}),
+            rf"{Q} has shape \(31, 32\), the configuration asks for \(32, 32\)",
+        ),
+        (lambda t: t.update({Q: t[Q].astype(np.int8)}), f"{Q} is int8"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused_by_name(tmp_path, change, message):
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN))
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert.from_hf(tmp_path)
+
+
+def test_a_tied_head_may_be_stored_if_it_equals_the_embedding(tmp_path):
+    config, params = CONFIGS["tied"], make(CONFIGS["tied"])
+    convert.save_hf(tmp_path, config, params)
+    tensors = load_file(tmp_path / "model.safetensors") | {"lm_head.weight": params["embed"]}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_equal_trees(convert.from_hf(tmp_path)[1], params)
+    save_file(tensors | {"lm_head.weight": params["embed"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        convert.from_hf(tmp_path)
+
+
+def test_damaged_or_missing_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        convert.from_hf(tmp_path)
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN), shard_bytes=20_000)
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=f"{last.name}: damaged"):
+        convert.from_hf(tmp_path)
+    last.unlink()
+    with pytest.raises(ValueError, match=f"no {last.name}"):
+        convert.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        convert.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json: not a JSON object"):
+        convert.from_hf(tmp_path)
+
+
+# ---- GGUF
+
+
+def write_gguf(path, config, params, kind=None, architecture="llama", extra=None, more=()):
+    """``params`` as llama.cpp's converter lays them out: rows of q and k permuted to interleaved rotary pairs."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.layers)
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value)
+
+    def interleave(weight, heads):
+        return np.concatenate([part[np.arange(len(part)).reshape(2, -1).T.ravel()] for part in np.split(weight, heads)])
+
+    def add(name, value):
+        if kind is not None and value.ndim == 2:
+            writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(value))
+
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up",
+             "down": "ffn_down", "attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}  # fmt: skip
+    add("token_embd.weight", params["embed"])
+    add("output_norm.weight", params["norm"])
+    if not config.tied:
+        add("output.weight", params["head"])
+    for i, block in enumerate(params["blocks"]):
+        block = block | {"q": interleave(block["q"], config.heads), "k": interleave(block["k"], config.kv_heads)}
+        for part, value in block.items():
+            add(f"blk.{i}.{names[part]}.weight", value)
+    if config.rope_scaling is not None:
+        plain, scaled = (
+            llama.rope_frequencies(config.head_dim, config.rope_theta, s) for s in (None, config.rope_scaling)
+        )
+        add("rope_freqs.weight", (plain / scaled).astype(np.float32))
+    for name, value in more:
+        add(name, value)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "llama3"])
+def test_gguf_and_hugging_face_files_give_the_same_model(tmp_path, name):
+    config, params = CONFIGS[name], make(CONFIGS[name])
+    convert.save_hf(tmp_path / "hf", config, params)
+    read, from_gguf = convert.from_gguf(convert.read_gguf(write_gguf(tmp_path / "m.gguf", config, params)))
+    read = dataclasses.replace(read, norm_eps=config.norm_eps)  # GGUF keeps a float32
+    assert read == config
+    assert_equal_trees(from_gguf, convert.from_hf(tmp_path / "hf")[1])
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "BF16", "F16"])
+def test_a_quantized_gguf_gives_the_rounded_weights(tmp_path, name):
+    """Quantizers work along a row, so rounding commutes with the permutation of rows."""
+    kind, params = gguf.GGMLQuantizationType[name], make(PLAIN)
+    rounded = lambda p: gguf.quants.dequantize(gguf.quants.quantize(p, kind), kind) if p.ndim == 2 else p
+    path = write_gguf(tmp_path / "m.gguf", PLAIN, params, kind)
+    config, loaded = convert.from_gguf(convert.read_gguf(path))
+    for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(x, rounded(y))
+    expected = forward(config, jax.tree.map(rounded, params), TOKENS)
+    np.testing.assert_allclose(forward(config, loaded, TOKENS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"architecture": "qwen2"}, "architecture 'qwen2'"),
+        ({"extra": {"llama.rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"more": [("blk.0.attn_q.bias", np.zeros(32, np.float32))]}, "does not use: blk.0.attn_q.bias"),
+        ({"more": [("rope_freqs.weight", np.array([1, 1, 2, 3], np.float32))]}, "rope_freqs.weight is not Llama 3"),
+    ],
+)
+def test_an_unsupported_gguf_is_refused_by_name(tmp_path, options, message):
+    path = write_gguf(tmp_path / "m.gguf", PLAIN, make(PLAIN), **options)
+    with pytest.raises(ValueError, match=message):
+        convert.from_gguf(convert.read_gguf(path))
+
+
+@pytest.mark.parametrize("keep", [3, 100, 2000, -100])
+def test_a_gguf_file_cut_short_is_refused(tmp_path, keep):
+    path = write_gguf(tmp_path / "m.gguf", PLAIN, make(PLAIN))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="m.gguf: not a readable GGUF"):
+        convert.read_gguf(path)
+
+
+# ---- load
+
+
+def save_tokenizer(path, size):
+    Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(str(path / "tokenizer.json"))
+
+
+def test_load_reads_a_directory_with_its_tokenizer(tmp_path):
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN))
+    with pytest.raises(ValueError, match="no tokenizer.json"):
+        convert.load(tmp_path)
+    save_tokenizer(tmp_path, 50)
+    model = convert.load(tmp_path)
+    assert model.config == PLAIN and model.name == str(tmp_path) and model.tokenizer.get_vocab_size() == 50
+    save_tokenizer(tmp_path, 51)
+    with pytest.raises(ValueError, match="51 tokens, the model only 50"):
+        convert.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./no/such/place", "a.gguf"])
+def test_an_unknown_model_is_told_what_is_accepted(name):
+    with pytest.raises(ValueError, match=r"unknown model .*smollm2-135m.*\.gguf.*directory.*hub id"):
+        convert.load(name)
+
+
+def test_a_hub_id_without_huggingface_hub_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"pip install 'caldera-jax\[hub\]'"):
+        convert.load("org/name")
+
+
+def test_a_hub_id_is_fetched_and_a_failure_explained(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="the hub extra is what is tested")
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN))
+    save_tokenizer(tmp_path, 50)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: {"org/name": str(tmp_path)}[name])
+    assert convert.load("org/name").config == PLAIN
+    with pytest.raises(ValueError, match="'org/other' is no path here, and could not be fetched from the hub"):
+        convert.load("org/other")
+
+
+def test_the_built_in_model_loads_and_knows_the_capital_of_france():
+    model = convert.load("smollm2-135m")
+    assert model.config == LlamaConfig(
+        vocab=49152, dim=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn_dim=1536, rope_theta=100_000.0,
+        norm_eps=model.config.norm_eps, tied=True, context=8192)  # fmt: skip
+    assert model.config.norm_eps == pytest.approx(1e-5)
+    tokens = tokenizer.encode(model.tokenizer, "The capital of France is")
+    logits = forward(model.config, model.params, tokens[None])
+    assert model.tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+    assert model.tokenizer.get_vocab_size() == 49152 and data.fetch_model("smollm2-135m").suffix == ".gguf"
+
+
+def test_a_saved_index_lists_every_tensor(tmp_path):
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN), shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    stored = {name: file.name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
+    assert index["weight_map"] == stored

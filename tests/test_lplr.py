@@ -1,0 +1,116 @@
+"""Quantized factors by alternating least squares, against the unquantized optimum and a slow reference."""
+
+import jax
+import jax.numpy as jnp
+import matrices
+import numpy as np
+import oracles
+import pytest
+
+import caldera_jax as cj
+from caldera_jax import hessian
+from caldera_jax.codebooks import by_bits, dequantize, quantize
+from caldera_jax.lplr import better, lplr_factorize
+from caldera_jax.regression import rank_constrained
+
+LPLR = jax.jit(lplr_factorize, static_argnums=(3, 4, 5, 6))
+FACTOR = jax.jit(hessian.factor, static_argnums=(1, 2))
+KEY = jax.random.key(0)
+M, N, RANK = 10, 13, 3
+
+
+def _problem(seed=0, kind="geometric", matrix=matrices.decaying, dtype=np.float64):
+    f = FACTOR(jnp.asarray(matrices.hessian(kind, N, seed), dtype), 0.01, 1)
+    return matrix(M, N, seed).astype(dtype), f, np.asarray(f.h, np.float64) + float(f.damping) * np.eye(N)
+
+
+def _loss(found, a, damped):
+    return oracles.loss(np.asarray(found.dense(), np.float64) - a, damped)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_is_the_alternation_of_the_definition(seed):
+    """Scalar grids are symmetric, so the signs of singular vectors do not matter."""
+    a, f, damped = _problem(seed)
+    for iterations in (1, 4):
+        found = LPLR(KEY, jnp.asarray(a), f, RANK, cj.Uniform(5), cj.Uniform(5), iterations)
+        np.testing.assert_allclose(found.dense(), oracles.lplr(a, damped, RANK, 5, iterations), atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_best_pair_is_never_worse_than_the_start_and_more_iterations_never_hurt(bits):
+    grid = cj.Uniform(bits)
+    for seed in range(12):
+        a, f, damped = _problem(seed)
+        start = rank_constrained(KEY, jnp.asarray(a), f.root, RANK)
+        left, right = quantize(grid, start.left.T).values.T, quantize(grid, start.right).values
+        losses = [oracles.loss(np.asarray(left @ right) - a, damped),
+                  *(_loss(LPLR(KEY, jnp.asarray(a), f, RANK, grid, grid, i), a, damped) for i in (1, 4))]
+        assert losses[2] <= losses[1] * (1 + 1e-9) and losses[1] <= losses[0] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["flat", "spiked", "deficient", "few-tokens", "dead"])
+def test_sixteen_bits_are_near_the_closed_form(kind, dtype):
+    a, f, damped = _problem(1, kind, matrices.gaussian, dtype)
+    found = LPLR(KEY, jnp.asarray(a), f, RANK, cj.Half(), cj.Half(), 2)
+    assert found.dense().dtype == dtype
+    optimum = oracles.rank_constrained(a.astype(np.float64), damped, RANK)[1]
+    assert optimum * (1 - 1e-3) <= _loss(found, a, damped) <= optimum + 1e-5 * oracles.loss(a, damped)
+
+
+def test_more_bits_are_better_and_the_lattice_at_4_bits_costs_little():
+    a, f, damped = _problem(2)
+    optimum = oracles.rank_constrained(a, damped, RANK)[1]
+    energy = oracles.loss(a, damped)
+    excess = [(_loss(LPLR(KEY, jnp.asarray(a), f, RANK, cj.Uniform(b), cj.Uniform(b), 4), a, damped) - optimum) / energy
+              for b in (2, 4, 6, 8)]
+    assert np.all(np.diff(excess) < 0) and excess[-1] < 1e-4
+    lattice = _loss(LPLR(KEY, jnp.asarray(a), f, RANK, cj.Half(), by_bits("e8p", 4), 4), a, damped) - optimum
+    assert 0 <= lattice / energy < 0.05
+
+
+def test_the_two_factors_may_have_different_grids_and_decode_from_their_codes():
+    a, f, _ = _problem(3)
+    grids = cj.Half(), cj.NormalFloat(4, group=8)
+    found = LPLR(KEY, jnp.asarray(a), f, RANK, *grids, 2)
+    for part, grid, width in ((found.left_t, grids[0], M), (found.right, grids[1], N)):
+        assert part.values.shape == (RANK, width)
+        np.testing.assert_allclose(dequantize(grid, part.codes, part.scale, width), part.values, atol=1e-13)
+    assert found.right.scale.shape == (RANK, 2)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(4, 4, 4), (5, 3, 3), (3, 5, 3), (6, 5, 1), (1, 1, 1)])
+def test_full_rank_reproduces_a_to_the_grid_and_rank_one_works(m, n, rank):
+    a, h = matrices.gaussian(m, n), matrices.hessian("power", n)
+    f = FACTOR(jnp.asarray(h), 0.01, 1)
+    found = LPLR(KEY, jnp.asarray(a), f, rank, cj.Half(), cj.Half(), 2)
+    optimum = oracles.rank_constrained(a, np.asarray(f.h) + 0.01 * np.eye(n), rank)[1]
+    found = oracles.loss(np.asarray(found.dense()) - a, np.asarray(f.h) + 0.01 * np.eye(n))
+    assert found <= optimum * (1 + 1e-3) + 1e-6 * oracles.loss(a, np.eye(n))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("grid", [cj.Uniform(5), cj.Half()])
+def test_zero_gives_zero_and_a_matrix_of_lower_rank_no_noise(grid, dtype):
+    _, f, damped = _problem(0, dtype=dtype)
+    zero = LPLR(KEY, jnp.zeros((M, N), dtype), f, RANK, grid, grid, 4)
+    assert float(jnp.sum(zero.dense() ** 2)) == 0
+    a = np.outer(matrices.gaussian(M, 1)[:, 0], matrices.gaussian(1, N)[0]).astype(dtype)  # rank 1 < RANK
+    found = LPLR(KEY, jnp.asarray(a), f, RANK, grid, grid, 4)
+    assert np.isfinite(found.dense()).all()
+    assert _loss(found, a.astype(np.float64), damped) < 0.02 * oracles.loss(a.astype(np.float64), damped)
+
+
+def test_it_scales_with_a():
+    a, f, _ = _problem(4)
+    one, large = (LPLR(KEY, jnp.asarray(c * a), f, RANK, cj.Uniform(5), cj.Uniform(5), 4) for c in (1.0, 2.0**20))
+    np.testing.assert_array_equal(one.right.codes, large.right.codes)
+    np.testing.assert_allclose(2.0**20 * one.dense(), large.dense(), rtol=1e-12)
+
+
+def test_better_takes_whole_trees():
+    old, new = (jnp.zeros(2), (jnp.int32(1),)), (jnp.ones(2), (jnp.int32(2),))
+    for condition, wanted in ((True, new), (False, old)):
+        found = better(jnp.asarray(condition), new, old)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
