@@ -64,8 +64,8 @@ def layer_meta(layer: CompressedLinear) -> dict[str, Any]:
     """Shape and grids: what the arrays do not say.  Raises ValueError for a grid that this format cannot name."""
     for grid in layer.grids:
         if grid is not None and GRIDS.get(type(grid).__name__) is not type(grid):
-            raise ValueError(f"{type(grid).__name__} is not one of the package's codebooks ({', '.join(GRIDS)}): a model "
-                             "on disk can only name those; keep the CompressedLinear in memory, or add the class to GRIDS")
+            raise ValueError(f"{type(grid).__name__} is not one of the package's codebooks ({', '.join(GRIDS)}), and a "
+                             "model on disk can only name those: keep the layer in memory, or add the class to GRIDS")
     return {"shape": list(layer.shape), "grids": [report.plain(grid) for grid in layer.grids]}
 
 
@@ -91,7 +91,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: missing or not a readable safetensors file ({error}); compress the model again") from error
+        raise ValueError(f"{path}: missing or not a safetensors file ({error}); compress the model again") from error
 
 
 def block_arrays(block: Params) -> dict[str, np.ndarray]:

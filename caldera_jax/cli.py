@@ -85,7 +85,8 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         rotation=rotation, damping=damping, quantizer=quantizer, factor_quantizer=factor_quantizer),
         calibration=override(base.calibration, text=calibration_text, windows=calibration_windows,
                              window=calibration_window),
-        evaluation=override(base.evaluation, text=evaluation_text, windows=evaluation_windows, window=evaluation_window))
+        evaluation=override(base.evaluation, text=evaluation_text, windows=evaluation_windows,
+                            window=evaluation_window))
     print(table(run_compress(config, out, moments)))
     print(f"\nwritten: {out / 'report.json'}")
 
@@ -101,8 +102,8 @@ def table(r: dict[str, Any]) -> str:
              f"  perplexity        base {r['base_perplexity']:.3f}   compressed {r['compressed_perplexity']:.3f}   "
              f"({r['evaluated_tokens']} tokens)",
              f"  bits per weight   {r['bits_per_weight']:.4f}   (compressed linear layers, everything stored)",
-             f"  layers            {r['stored_bytes'] / 1e6:.1f} MB; whole model {r['model_bytes'] / 1e6:.1f} MB, with the "
-             f"embedding dense; on disk {r['disk_bytes'] / 1e6:.1f} MB",
+             f"  size              layers {r['stored_bytes'] / 1e6:.1f} MB; model {r['model_bytes'] / 1e6:.1f} MB, the "
+             f"embedding being dense; on disk {r['disk_bytes'] / 1e6:.1f} MB",
              f"  layer error       mean {r['mean_layer_error']:.4f}   max {r['max_layer_error']:.4f}",
              "  stage                 seconds  of it compiling  peak memory"]
     lines += [f"    {name:20s} {stage['seconds']:8.1f} {stage['compile_seconds']:16.1f} "
@@ -160,8 +161,8 @@ def fetch(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("smollm2-13
 def main() -> None:
     """Entry point: bad input prints one line and exits with 2; nothing finished is lost."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"compress": compress, "eval": evaluate_, "inspect": inspect, "fetch": fetch},
-                                             description=__doc__)
+        commands = {"compress": compress, "eval": evaluate_, "inspect": inspect, "fetch": fetch}
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except ValueError as error:
         sys.exit(_say(str(error)))
     except OSError as error:

@@ -219,7 +219,7 @@ class NormalFloat(_Codes):
 
 @dataclass(frozen=True)
 class Half(_Codes):
-    """16 bits, really rounded to float16 or bfloat16; divided by the RMS first, so float16 neither over- nor underflows."""
+    """16 bits, really rounded to float16 or bfloat16; in units of the RMS, so that float16 does not overflow."""
 
     kind: str = "float16"
     group: int | None = None
@@ -247,7 +247,8 @@ def by_bits(name: str, bits: int) -> Codebook:
     ``nf``: 2 to 8.  Raises ValueError for a family or a number of bits that is not offered.
     """
     families = {
-        "e8p": {2: E8P(), 3: ResidualE8P(3, gain=0.98, residual_scale=2.04), 4: ResidualE8P(4), 8: Uniform(8), 16: Half()},
+        "e8p": {2: E8P(), 3: ResidualE8P(3, gain=0.98, residual_scale=2.04), 4: ResidualE8P(4), 8: Uniform(8),
+                16: Half()},
         "uniform": {b: Uniform(b) for b in range(1, 17)},
         "dithered": {b: Dithered(b) for b in range(1, 17)},
         "nf": {b: NormalFloat(b) for b in range(2, 9)},

@@ -154,9 +154,11 @@ def summary(config: RunConfig, clock: report.Clock, records, base: float, value:
     files = artifact.read_manifest(out)["files"]
     stages = {name: {**stage, "seconds": round(stage["seconds"], 3)} for name, stage in clock.stages.items()}
     return {"model": config.model, **report.provenance(config, config.seed), "base_perplexity": base,
-            "compressed_perplexity": value, "evaluated_tokens": config.evaluation.windows * (config.evaluation.window - 1),
+            "compressed_perplexity": value,
+            "evaluated_tokens": config.evaluation.windows * (config.evaluation.window - 1),
             "bits_per_weight": bits / weights, "stored_bytes": bits // 8, "compressed_weights": weights,
-            "model_bytes": artifact.model_bytes(model.params), "disk_bytes": sum((out / f).stat().st_size for f in files),
+            "model_bytes": artifact.model_bytes(model.params),
+            "disk_bytes": sum((out / f).stat().st_size for f in files),
             "mean_layer_error": float(np.mean([r["error"] for r in records])),
             "max_layer_error": max(r["error"] for r in records), "layers": records, "seconds": clock.seconds,
             "stages": stages, "peak_memory_bytes": int(max(s["peak_memory_bytes"] for s in clock.stages.values()))}
@@ -171,11 +173,11 @@ def texts(config: RunConfig, model: Model) -> tuple[np.ndarray, np.ndarray]:
     else:
         held_out = data.load_text(theirs.text)
         if shared := {" ".join(d.split()) for d in documents} & {" ".join(d.split()) for d in held_out}:
-            raise ValueError(f"{len(shared)} documents are in both the calibration text {ours.text!r} and the evaluation "
-                             f"text {theirs.text!r}: remove them from one, or pass the same text twice to have it split")
+            raise ValueError(f"{len(shared)} documents are in both the calibration text {ours.text!r} and the "
+                             f"evaluation text {theirs.text!r}: remove them from one, or pass one text, to be split")
     longest = max(ours.window, theirs.window)
     if longest > model.config.context:
-        raise ValueError(f"windows of {longest} tokens exceed the model's context of {model.config.context}: shorten them")
+        raise ValueError(f"windows of {longest} tokens exceed the model's context {model.config.context}: shorten them")
     return (data.token_windows(model.tokenizer, documents, ours.window, ours.windows, "calibration"),
             data.token_windows(model.tokenizer, held_out, theirs.window, theirs.windows, "evaluation"))
 
@@ -247,8 +249,8 @@ class Run:
         """What was recorded of each layer, in order."""
         rows = {path: self.recall(path) for path in artifact.read_manifest(self.out)["layers"]}
         if missing := [path for path, row in rows.items() if row is None]:
-            raise ValueError(f"{self.work}: the record of {missing[0]} is gone, and the report needs it: remove {self.out} "
-                             f"and start again (the model itself is whole: `caldera eval {self.out}`)")
+            raise ValueError(f"{self.work}: the record of {missing[0]} is gone, and the report needs it: remove "
+                             f"{self.out} and start again (the model itself is whole: `caldera eval {self.out}`)")
         return [{name: value for name, value in row.items() if name != "meta"} for row in rows.values()]
 
     def layer(self, path: str) -> CompressedLinear | None:
@@ -280,7 +282,8 @@ def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
     def flat(value, prefix=""):
         if not isinstance(value, dict):
             return {prefix: value}
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
+        parts = (flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
+        return {name: leaf for part in parts for name, leaf in part.items()}
 
     a, b = flat(known), flat(wanted)
     name = next(key for key in [*b, *a] if a.get(key, "absent") != b.get(key, "absent"))

@@ -193,9 +193,9 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
         for position, (step, step_key) in enumerate(zip(steps, jax.random.split(key), strict=False)):
             state = step(step_key, state)
             row = measure(w, w_h, energy, factors.h, *state)
-            both = (index > 0) | (position == len(steps) - 1)  # each part was updated at least once
+            first = (index == 0) & (position == len(steps) - 1)  # each part was updated once; kept even if it is NaN
             found = Decomposition(state[0], state[2])
-            best, least = better(both & ~(row[0] >= least), (found, row[0]), (best, least))
+            best, least = better(first | (index > 0) & (row[0] < least), (found, row[0]), (best, least))
             rows.append(row)
         return (state, best, least), jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 

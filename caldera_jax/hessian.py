@@ -86,7 +86,8 @@ def regularise(h: Float[Array, "n n"], damping: float) -> Float[Array, "n n"]:
     return normalise(h) + damping * jnp.eye(len(h), dtype=h.dtype)
 
 
-def damped_root(h: Float[Array, "n n"], damping: float | Float[Array, ""]) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+def damped_root(h: Float[Array, "n n"],
+                damping: float | Float[Array, ""]) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
     """Cholesky factor of h + d I for the least d = damping, 10 damping, … that gives a finite one, and that d.
 
     With damping = 0 the next tries are 1e-6, 1e-5, …  Gives up (NaN in the factor) when d exceeds 1000, which only

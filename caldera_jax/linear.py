@@ -144,8 +144,8 @@ def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Ar
     dtype = w.dtype if w.dtype in (jnp.float32, jnp.float64) else jnp.dtype(jnp.float32)
     compressed, trace = _compress(key, w.astype(dtype), h.astype(dtype), config)
     if not bool(trace.finite):
-        raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite, or the "
-                         "iteration overflowed: check that h is symmetric positive semidefinite")
+        raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite, or "
+                         "the iteration overflowed: check that h is symmetric positive semidefinite")
     return compressed, trace
 
 

@@ -76,7 +76,7 @@ def lplr_factorize(key: Key[Array, ""], a: Float[Array, "m n"], factors: Hessian
         best, least = better(found < least, (LowRank(left_t, right), found), (best, least))
         left_t = fit_left(left_key, gram, cross)
         found = loss(left_t.values, gram, cross)
-        best, least = better(~(found >= least), (LowRank(left_t, right), found), (best, least))
+        best, least = better((index == 0) | (found < least), (LowRank(left_t, right), found), (best, least))
         return (left_t, best, least), None
 
     left_t = empty(fit_left, key, start.right @ start.right.T, start.left.T)._replace(values=start.left.T)

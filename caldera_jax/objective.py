@@ -12,7 +12,7 @@ def proxy_loss(e: Float[Array, "m n"], h: Float[Array, "n n"]) -> Float[Array, "
 
 
 def ratio(loss: Float[Array, ""], energy: Float[Array, ""]) -> Float[Array, ""]:
-    """sqrt(loss / energy); 0 / 0 is 0, and a loss where there is no energy is infinite.  Rounding below 0 counts as 0."""
+    """sqrt(loss / energy); 0 / 0 is 0, a loss without energy is infinite, and a loss below 0 (rounding) counts as 0."""
     loss = jnp.maximum(loss, 0)
     none = jnp.where(loss > jnp.finfo(loss.dtype).tiny, jnp.inf, 0).astype(loss.dtype)
     return jnp.where(energy > 0, jnp.sqrt(loss / jnp.where(energy > 0, energy, 1)), none)

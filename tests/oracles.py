@@ -108,19 +108,15 @@ def uniform(x, bits):
 
 
 def lplr(a, h, k, bits, iterations):
-    """Alternating least squares with rounding, started at the closed form; the best pair."""
-    left = rank_constrained(a, h, k)[2]
-    right = uniform(left.T @ a, bits)
-    left = uniform(left, bits)
-    best, least = left @ right, loss(left @ right - a, h)
-    for _ in range(iterations):
-        left = uniform(a @ h @ right.T @ np.linalg.inv(right @ h @ right.T), bits)
-        if (found := loss(left @ right - a, h)) < least:
-            best, least = left @ right, found
+    """Alternating least squares with rounding from the closed form, once and ``iterations`` more; the best pair."""
+    left, pairs = rank_constrained(a, h, k)[2], []
+    for i in range(iterations + 1):
         right = uniform(np.linalg.pinv(left) @ a, bits)
-        if (found := loss(left @ right - a, h)) < least:
-            best, least = left @ right, found
-    return best
+        if i > 0:  # the first left factor is not rounded yet
+            pairs.append(left @ right)
+        left = uniform(a @ h @ right.T @ np.linalg.inv(right @ h @ right.T), bits)
+        pairs.append(left @ right)
+    return min(pairs, key=lambda pair: loss(pair - a, h))
 
 
 def caldera(w, h, k, q_bits, factor_bits, outer, inner, damping, order):

@@ -14,6 +14,7 @@ import caldera_jax as cj
 from caldera_jax import hessian
 from caldera_jax.codebooks import quantize
 from caldera_jax.decompose import caldera, downdated, factorize_step, quantize_step
+from caldera_jax.ldlq import ldlq
 from caldera_jax.lplr import LowRank
 
 M, N = 10, 13
@@ -22,7 +23,7 @@ SCALAR = cj.CalderaConfig(rank=2, q_bits=3, quantizer="uniform", factor_quantize
                           outer_iterations=3, inner_iterations=2)
 CALDERA = jax.jit(caldera, static_argnums=(3, 4, 5))
 FACTOR = jax.jit(hessian.factor, static_argnums=(1, 2))
-DOWNDATED = jax.jit(downdated, static_argnums=2)
+DOWNDATED, LDLQ = jax.jit(downdated, static_argnums=2), jax.jit(ldlq, static_argnums=1)
 
 
 def _problem(seed=0, kind="geometric", dtype=np.float64):
@@ -90,11 +91,27 @@ def test_scaling_w_by_a_power_of_two_changes_no_code_and_no_error():
     np.testing.assert_allclose(2.0**10 * one[0].dense(), two[0].dense(), rtol=1e-12)
 
 
-def test_q_first_downdates_nothing_before_there_is_an_lr():
+def test_q_first_downdates_nothing_but_the_damping_before_there_is_an_lr():
     w, f = _problem(3)
     with_, without = (CALDERA(KEY, w, f, replace(SCALAR, order="q-first", downdate=d))[1].error for d in (True, False))
-    np.testing.assert_array_equal(with_[:2], without[:2])
+    nothing = LowRank(quantize(cj.Half(), jnp.zeros((2, M))), quantize(cj.Half(), jnp.zeros((2, N))))
+    q = LDLQ(w, SCALAR.q_grid, DOWNDATED(f, nothing, 1)).values
+    np.testing.assert_allclose(with_[0], cj.relative_error(w, q, f.h), rtol=1e-10)
+    np.testing.assert_allclose(with_[:2], without[:2], rtol=0.05)
     assert np.any(with_[2:] != without[2:])
+
+
+def test_a_half_step_that_fails_later_does_not_cost_the_best_before_it():
+    w, f = _problem(3)
+
+    def fails_once_there_is_an_lr(key, target, low_rank, factors, config):
+        q = quantize_step(key, target, low_rank, factors, config)
+        return q._replace(values=jnp.where(jnp.all(target == w), q.values, jnp.nan))
+
+    config = replace(SCALAR, order="q-first")
+    best, trace = CALDERA(KEY, w, f, config, fails_once_there_is_an_lr)
+    assert np.isnan(trace.error[2:]).all()
+    np.testing.assert_allclose(cj.relative_error(w, best.dense(), f.h), trace.error[1], rtol=1e-10)
 
 
 def test_downdating_removes_the_directions_of_lr_and_nothing_while_lr_is_zero():

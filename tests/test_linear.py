@@ -87,7 +87,8 @@ def test_a_compressed_layer_is_a_pytree_that_travels_through_jit_vmap_and_numpy(
     y = cj.apply(compressed, x)
     np.testing.assert_allclose(APPLY(compressed, x), y, atol=1e-12)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), compressed)
-    np.testing.assert_allclose(jax.jit(jax.vmap(cj.apply))(stacked, jnp.stack([x, 2 * x])), jnp.stack([y, 2 * y]), atol=1e-12)
+    twice = jax.jit(jax.vmap(cj.apply))(stacked, jnp.stack([x, 2 * x]))
+    np.testing.assert_allclose(twice, jnp.stack([y, 2 * y]), atol=1e-12)
     np.testing.assert_allclose(jax.tree.map(np.asarray, compressed).dense(), wanted, atol=1e-13)
 
 

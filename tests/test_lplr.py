@@ -37,16 +37,24 @@ def test_it_is_the_alternation_of_the_definition(seed):
         np.testing.assert_allclose(found.dense(), oracles.lplr(a, damped, RANK, 5, iterations), atol=1e-9)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_the_best_pair_is_never_worse_than_the_start_and_more_iterations_never_hurt(bits):
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_more_iterations_never_hurt(bits):
     grid = cj.Uniform(bits)
     for seed in range(12):
         a, f, damped = _problem(seed)
-        start = rank_constrained(KEY, jnp.asarray(a), f.root, RANK)
-        left, right = quantize(grid, start.left.T).values.T, quantize(grid, start.right).values
-        losses = [oracles.loss(np.asarray(left @ right) - a, damped),
-                  *(_loss(LPLR(KEY, jnp.asarray(a), f, RANK, grid, grid, i), a, damped) for i in (1, 4))]
+        losses = [_loss(LPLR(KEY, jnp.asarray(a), f, RANK, grid, grid, i), a, damped) for i in (0, 1, 4)]
         assert losses[2] <= losses[1] * (1 + 1e-9) and losses[1] <= losses[0] * (1 + 1e-9)
+
+
+def test_alternating_is_better_than_rounding_the_closed_form_on_average():
+    grid, gains = cj.Uniform(3), []
+    for seed in range(12):
+        a, f, damped = _problem(seed)
+        start = rank_constrained(KEY, jnp.asarray(a), f.root, RANK)
+        rounded = quantize(grid, start.left.T).values.T @ quantize(grid, start.right).values
+        found = LPLR(KEY, jnp.asarray(a), f, RANK, grid, grid, 4)
+        gains.append(oracles.loss(np.asarray(rounded) - a, damped) / _loss(found, a, damped))
+    assert np.mean(gains) > 1.2  # and not each time: the rounded closed form itself is not among the candidates
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
