@@ -3,7 +3,7 @@
     python experiments/original.py [BLOCK]     # writes results/original_block14.json, prints the README's table
 
 Same rank, bits, iterations, order and damping as those runs (original.json), three keys each, without and with the
-authors' 10 passes of coordinate descent.  H is made as theirs was: 24 windows of 512 tokens from the start of enwiki, mean
+authors' 10 passes of coordinate descent.  H is made as theirs was: 24 windows of 512 tokens of enwiki, mean
 diagonal 1, + 0.01 I, which here is part of H and is scored with.
 """
 

@@ -26,7 +26,8 @@ RUNS: dict[str, CalderaConfig] = {
     "q2_k16": dataclasses.replace(DEFAULT, rank=16),
     "q3": dataclasses.replace(DEFAULT, rank=0, q_bits=3),
     "q4": dataclasses.replace(DEFAULT, rank=0, q_bits=4),
-    "q2_k32_downdate": dataclasses.replace(DEFAULT, downdate=True),
+    "q2_k32_downdate": dataclasses.replace(DEFAULT, downdate=True, refine_passes=10),
+    "q2_k32_sequential": DEFAULT,  # calibrated on the compressed blocks
 }
 
 
@@ -35,7 +36,8 @@ def run(name: str) -> dict:
     path = RESULTS / f"whole_model_{name}.json"
     if path.exists():
         return report.read_json(path)
-    config = dataclasses.replace(PRESETS["default"], model="smollm2-135m", caldera=RUNS[name])
+    activations = "compressed" if name.endswith("sequential") else "dense"
+    config = dataclasses.replace(PRESETS["default"], model="smollm2-135m", caldera=RUNS[name], activations=activations)
     row = compress(config, WORK / name, moments=WORK / "moments")
     report.write_json(path, row)
     shutil.rmtree(WORK / name)  # half a gigabyte, most of it the dense embedding

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "caldera_jax"
-ORDER = ("kernels lattice codebooks hadamard hessian objective incoherence ldlq regression packing lplr decompose "
-         "linear artifact models calibration evaluate harness generate finetune allocate report compress cli").split()
+ORDER = ("report kernels lattice codebooks hadamard hessian objective incoherence ldlq regression packing lplr "
+         "decompose linear models artifact calibration evaluate harness generate finetune allocate compress cli").split()
 
 
 def _imported(path):

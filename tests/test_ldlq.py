@@ -14,7 +14,6 @@ from caldera_jax.ldlq import block_ldlq, descent_feedback, ldlq, slab_width, swe
 
 LDLQ = jax.jit(ldlq, static_argnums=(1, 3))
 FACTOR = jax.jit(hessian.factor, static_argnums=(1, 2))
-DTYPES = (np.float32, np.float64)
 STEP = 0.3
 
 
@@ -97,8 +96,9 @@ def test_ldlq_is_worse_than_nearest_rounding_in_the_plain_norm_and_better_in_the
             assert oracles.loss(fed, h) < oracles.loss(plain, h)
 
 
-@pytest.mark.parametrize("grid", [cj.E8P(), cj.Uniform(3), cj.NormalFloat(4, group=8), cj.Uniform(4, clip=2.0)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("grid", "dtype"), [
+    (cj.E8P(), np.float64), (cj.E8P(), np.float32), (cj.Uniform(3), np.float32),
+    (cj.NormalFloat(4, group=8), np.float64), (cj.Uniform(4, clip=2.0), np.float64)])
 def test_without_correlation_ldlq_is_nearest_rounding(grid, dtype):
     w = jnp.asarray(matrices.gaussian(5, 13), dtype)
     found = LDLQ(w, grid, hessian.identity(13, grid.block, dtype))
@@ -160,9 +160,8 @@ ROUND = jax.jit(lambda grid, x: grid.round(x)[0], static_argnums=0)
 
 
 @pytest.mark.parametrize(("grid", "shape"), [
-    (grid, shape) for shape in ((1, 1), (1, 9), (9, 1), (2, 300))
-    for grid in (cj.Uniform(3), cj.NormalFloat(4, group=5))
-] + [(cj.E8P(), (1, 1))])
+    (cj.Uniform(3), (1, 1)), (cj.Uniform(3), (2, 300)), (cj.NormalFloat(4, group=5), (1, 9)),
+    (cj.NormalFloat(4, group=5), (9, 1)), (cj.E8P(), (1, 1))])
 def test_any_shape_is_quantized_and_its_codes_decode_to_its_values(grid, shape):
     w, h = _problem(*shape)
     found = LDLQ(jnp.asarray(w), grid, FACTOR(jnp.asarray(h), 0.01, grid.block), 1)

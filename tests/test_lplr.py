@@ -37,7 +37,7 @@ def test_it_is_the_alternation_of_the_definition(seed):
         np.testing.assert_allclose(found.dense(), oracles.lplr(a, damped, RANK, 5, iterations), atol=1e-9)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 3])
 def test_more_iterations_never_hurt(bits):
     grid = cj.Uniform(bits)
     for seed in range(12):

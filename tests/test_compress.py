@@ -1,0 +1,381 @@
+"""compress, calibration, evaluate and artifact, end to end on a tiny model; then the real model's first blocks."""
+
+import dataclasses
+import errno
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from caldera_jax import CalderaConfig, artifact, calibration, cli, evaluate, linear, report
+from caldera_jax import compress as compress_module
+from caldera_jax.compress import Run, RunConfig, Tokens, compress
+from caldera_jax.models import convert, data, llama
+
+CALDERA = CalderaConfig(rank=3, outer_iterations=2, inner_iterations=1, quantizer="uniform", q_bits=3,
+                        factor_quantizer="uniform")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Directory of the tiny model with its text beside it."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny.write_text(directory / "text.txt")
+    return tiny.write_model(directory / "model")
+
+
+@pytest.fixture
+def config(source):
+    text = str(source.parent / "text.txt")
+    return RunConfig(str(source), CALDERA, Tokens(text, 4, 32), Tokens(text, 3, 32))
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """An uninterrupted run: its directory and its report."""
+    text, out = str(source.parent / "text.txt"), tmp_path_factory.mktemp("run") / "out"
+    row = compress(RunConfig(str(source), CALDERA, Tokens(text, 4, 32), Tokens(text, 3, 32)), out)
+    return out, row
+
+
+def weight_files(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))} | {
+        name: (directory / name).read_bytes() for name in (artifact.MANIFEST, artifact.TOKENIZER)}
+
+
+def interrupt_after(monkeypatch, count):
+    """The run is cut off once ``count`` layers were kept."""
+    keep, kept = Run.keep_layer, []
+
+    def stop(self, path, *rest):
+        if len(kept) == count:
+            raise KeyboardInterrupt
+        kept.append(path)
+        keep(self, path, *rest)
+
+    monkeypatch.setattr(Run, "keep_layer", stop)
+
+
+# ---- one run
+
+
+def test_the_report_says_what_it_promises(finished):
+    out, row = finished
+    assert {"model", "config", "seed", "versions", "machine", "base_perplexity", "compressed_perplexity",
+            "bits_per_weight", "stored_bytes", "model_bytes", "layers", "seconds", "peak_memory_bytes"} <= row.keys()
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(row))
+    assert len(row["layers"]) == 14 and row["layers"][0]["path"] == "blocks.0.q"
+    assert row["peak_memory_bytes"] > 0 and row["seconds"]["total"] >= row["seconds"]["compress"] > 0
+
+
+def test_stored_bits_are_the_bytes_of_the_codes_scales_and_signs_on_disk(finished):
+    out, row = finished
+    by_hand = 8 * sum(value.nbytes for file in sorted(out.glob("block_*"))
+                      for name, value in artifact.read_arrays(file).items() if "." in name)
+    assert sum(r["bits"] for r in row["layers"]) == by_hand == 8 * row["stored_bytes"]
+    weights = sum(np.prod(r["shape"]) for r in row["layers"])
+    assert row["bits_per_weight"] == pytest.approx(by_hand / weights)
+
+
+def test_reported_errors_are_those_of_the_dense_replacement_against_the_undamped_hessian(finished, config):
+    out, row = finished
+    model, compressed = convert.load(config.model), artifact.load(out)
+    tokens, _ = compress_module.texts(config, model)
+    for index, moments in calibration.collect(model.config, model.params, tokens):
+        for name in llama.LINEARS:
+            w = np.asarray(model.params["blocks"][index][name], np.float64)
+            e = np.asarray(compressed.params["blocks"][index][name].dense(), np.float64) - w
+            h = np.asarray(moments[llama.INPUT_OF[name]].mean(), np.float64)
+            expected = np.sqrt(np.trace(e @ h @ e.T) / np.trace(w @ h @ w.T))
+            found = next(r["error"] for r in row["layers"] if r["path"] == f"blocks.{index}.{name}")
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_eval_from_disk_repeats_the_reported_perplexity(finished, capsys, monkeypatch):
+    out, row = finished
+    monkeypatch.setattr("sys.argv", ["caldera", "eval", str(out)])
+    cli.main()
+    assert f"perplexity {row['compressed_perplexity']:.4f}" in capsys.readouterr().out
+
+
+def test_inspect_shows_every_layer(finished, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["caldera", "inspect", str(finished[0])])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert all(f"blocks.{i}.{name} " in printed for i in range(2) for name in llama.LINEARS)
+
+
+def test_a_finished_run_is_not_run_again(finished, config):
+    out, row = finished
+    before = weight_files(out)
+    assert compress(config, out) == json.loads(json.dumps(row))
+    assert weight_files(out) == before
+
+
+def test_one_compilation_a_shape(source, config, tmp_path):
+    linear._compress.clear_cache()
+    compress(dataclasses.replace(config, seed=5), tmp_path / "out")
+    assert linear._compress._cache_size() == len(set(llama.shapes(tiny.CONFIG).values())) == 4
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 13])
+def test_killed_after_any_layer_it_ends_with_the_same_bytes(finished, config, tmp_path, monkeypatch, count):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, count)
+        with pytest.raises(KeyboardInterrupt):
+            compress(config, out)
+    with pytest.raises(ValueError, match="unfinished run"):
+        artifact.load(out)
+    with monkeypatch.context() as patch:  # finished layers are not compressed again
+        done, original = [], compress_module.compress_matrix
+        patch.setattr(compress_module, "compress_matrix", lambda *a: done.append(a[-1]) or original(*a))
+        resumed = compress(config, out)
+    assert len(done) == 14 - count
+    assert weight_files(out) == weight_files(finished[0])
+    assert resumed["compressed_perplexity"] == finished[1]["compressed_perplexity"]
+    assert not (out / "unfinished").exists()
+
+
+def test_killed_before_the_report_it_only_evaluates(finished, config, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(config, out)
+    monkeypatch.setattr(compress_module, "compress_matrix", None)
+    assert compress(config, out)["layers"][3]["error"] == finished[1]["layers"][3]["error"]
+    assert weight_files(out) == weight_files(finished[0])
+
+
+def test_a_full_disk_keeps_finished_layers_and_says_so(finished, config, tmp_path, monkeypatch, capsys):
+    out, write, count = tmp_path / "out", artifact.save_file, []
+
+    def full(arrays, path):
+        count.append(path)
+        if len(count) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(arrays, path)
+
+    text = config.calibration.text
+    arguments = ["caldera", "compress", config.model, "--out", str(out), "--preset", "default", "--rank", "3",
+                 "--outer-iterations", "2", "--inner-iterations", "1", "--quantizer", "uniform", "--q-bits", "3",
+                 "--factor-quantizer", "uniform", "--svd", "exact", "--calibration-text", text, "--evaluation-text", text,
+                 "--calibration-windows", "4", "--calibration-window", "32", "--evaluation-windows", "3",
+                 "--evaluation-window", "32"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "save_file", full)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code == 2 and "disk is full" in capsys.readouterr().err
+    assert len(list((out / "unfinished").glob("blocks.*.safetensors"))) == 4
+    cli.main()
+    assert weight_files(out) == weight_files(finished[0])
+
+
+def test_another_run_or_a_foreign_directory_is_refused(finished, config, tmp_path):
+    with pytest.raises(ValueError, match=r"another run \(its seed is 0, this run's 1\)"):
+        compress(dataclasses.replace(config, seed=1), finished[0])
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="something else"):
+        compress(config, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# ---- calibration
+
+
+def test_moments_are_the_second_moments_of_each_layers_input(source, config):
+    model = convert.load(source)
+    tokens, _ = compress_module.texts(config, model)
+    hidden, positions = llama.embed(model.config, model.params, tokens), jnp.arange(tokens.shape[1])
+    for index, moments in calibration.collect(model.config, model.params, tokens):
+        block = jax.tree.map(jnp.asarray, model.params["blocks"][index])
+        hidden, inputs = jax.jit(llama.block, static_argnums=0)(model.config, block, hidden, positions)
+        for name, x in inputs.items():
+            rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+            assert int(moments[name].count) == len(rows) == tokens.size
+            np.testing.assert_allclose(moments[name].mean(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_spilled_moments_are_read_again_and_change_no_byte(finished, config, tmp_path, monkeypatch):
+    compress(config, tmp_path / "a", tmp_path / "moments")
+    monkeypatch.setattr(calibration, "calibrate_block", None)
+    compress(config, tmp_path / "b", tmp_path / "moments")
+    assert weight_files(tmp_path / "a") == weight_files(tmp_path / "b") == weight_files(finished[0])
+
+
+def test_calibrating_on_the_compressed_model_changes_later_blocks_only(finished, config, tmp_path):
+    compress(dataclasses.replace(config, activations="compressed"), tmp_path / "out")
+    ours, theirs = weight_files(tmp_path / "out"), weight_files(finished[0])
+    assert ours["block_000.safetensors"] == theirs["block_000.safetensors"]
+    assert ours["block_001.safetensors"] != theirs["block_001.safetensors"]
+
+
+def test_fewer_tokens_than_inputs_work(config, tmp_path):
+    row = compress(dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, windows=1, window=8)),
+                   tmp_path / "out")
+    assert row["max_layer_error"] < 1
+
+
+def test_only_the_first_blocks_are_compressed_when_asked(config, tmp_path):
+    row = compress(dataclasses.replace(config, blocks=1), tmp_path / "out")
+    assert {r["path"].split(".")[1] for r in row["layers"]} == {"0"}
+    kept = artifact.load(tmp_path / "out").params["blocks"][1]["gate"]
+    np.testing.assert_array_equal(kept, convert.load(config.model).params["blocks"][1]["gate"])
+
+
+# ---- perplexity
+
+
+def test_perplexity_is_exp_of_the_mean_loss_of_the_whole_forward(source):
+    model = convert.load(source)
+    windows = np.random.default_rng(0).integers(0, 256, (3, 20)).astype(np.int32)
+    params = jax.tree.map(jnp.asarray, model.params)
+    logits = np.asarray(jax.jit(llama.forward, static_argnums=0)(model.config, params, windows), np.float64)[:, :-1]
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]
+    assert evaluate.perplexity(model.config, model.params, windows, 2) == pytest.approx(np.exp(losses.mean()), rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(source):
+    model = convert.load(source)
+    params = model.params | {"head": np.zeros_like(model.params["head"])}
+    windows = np.arange(40, dtype=np.int32).reshape(2, 20)
+    assert evaluate.perplexity(model.config, params, windows) == pytest.approx(256)
+
+
+def test_perplexity_of_single_tokens_is_refused(source):
+    model = convert.load(source)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        evaluate.perplexity(model.config, model.params, np.zeros((3, 1), np.int32))
+
+
+# ---- the artifact
+
+
+GRIDS = [CalderaConfig(rank=2, outer_iterations=1, inner_iterations=1, quantizer=name, q_bits=4, factor_quantizer=name,
+                       factor_bits=8, rotation=rotation)
+         for name, rotation in (("uniform", "orthogonal"), ("nf", "none"), ("dithered", "hadamard"))]
+GRIDS += [dataclasses.replace(CALDERA, rank=0), dataclasses.replace(CALDERA, q_bits=0)]
+
+
+@pytest.mark.parametrize("caldera", GRIDS, ids=str)
+def test_layers_come_back_from_disk_bit_for_bit(caldera, tmp_path):
+    w = np.random.default_rng(0).standard_normal((10, 13)).astype(np.float32)
+    layer, _ = linear.compress_matrix(jax.random.key(0), w, np.eye(13, dtype=np.float32), caldera)
+    artifact.write_arrays(tmp_path / "layer", artifact.layer_arrays(layer))
+    meta = json.loads(json.dumps(report.plain(artifact.layer_meta(layer))))
+    back = artifact.layer_from(artifact.read_arrays(tmp_path / "layer"), meta)
+    assert (back.shape, back.grids, back.stored_bits) == (layer.shape, layer.grids, layer.stored_bits)
+    np.testing.assert_array_equal(back.dense(), layer.dense())
+
+
+def test_a_damaged_missing_or_foreign_file_is_named(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    block = out / "block_001.safetensors"
+    damaged = bytearray(block.read_bytes())
+    damaged[-1] ^= 1
+    block.write_bytes(damaged)
+    with pytest.raises(ValueError, match="block_001.*SHA-256"):
+        artifact.load(out)
+    block.unlink()
+    with pytest.raises(ValueError, match="block_001.*missing"):
+        artifact.load(out)
+    manifest = json.loads((out / artifact.MANIFEST).read_text())
+    (out / artifact.MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(ValueError, match="format 99.*reads format 1"):
+        artifact.load(out)
+    (out / artifact.MANIFEST).write_text("[]")
+    with pytest.raises(ValueError, match="not a manifest"):
+        artifact.load(out)
+    with pytest.raises(ValueError, match="no compressed model"):
+        artifact.load(tmp_path)
+
+
+def test_a_codebook_the_format_cannot_name_is_refused(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        pass
+
+    layer = linear.CompressedLinear(None, None, None, (), (), (1, 1), (Mine(), Mine(), Mine()))
+    with pytest.raises(ValueError, match="Mine is not one of the package's codebooks"):
+        artifact.layer_meta(layer)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(model="no-such-model"), "unknown model 'no-such-model'"),
+    (dict(caldera=dataclasses.replace(CALDERA, rank=13)), r"rank 13 exceeds min\(m, n\) = 12 of layer k"),
+    (dict(blocks=3), "blocks=3"),
+    (dict(calibration=Tokens("no-such-text")), "unknown text"),
+])
+def test_bad_input_is_refused_before_any_work(config, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        compress(dataclasses.replace(config, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_too_short_or_shared_or_windows_too_long_are_refused(config, source, tmp_path):
+    change = lambda **kw: dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, **kw))
+    with pytest.raises(ValueError, match="calibration text is too short: it has"):
+        compress(change(windows=100_000), tmp_path / "out")
+    with pytest.raises(ValueError, match="exceed the model's context 64"):
+        compress(change(window=65), tmp_path / "out")
+    copy = tmp_path / "copy.txt"
+    shutil.copy(config.evaluation.text, copy)
+    with pytest.raises(ValueError, match="1 documents are in both"):
+        compress(change(text=str(copy)), tmp_path / "out")
+
+
+def test_nan_weights_name_the_layer(source, config, tmp_path):
+    model = convert.load(source)
+    model.params["blocks"][1]["up"][3, 4] = np.nan
+    convert.save_hf(tmp_path / "model", model.config, model.params)
+    shutil.copy(source / "tokenizer.json", tmp_path / "model")
+    with pytest.raises(ValueError, match="blocks.1.up: the weights hold NaN"):
+        compress(dataclasses.replace(config, model=str(tmp_path / "model")), tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments", [["compress", "x", "--out", "y", "--q-bits", "7"], ["eval", "nowhere"],
+                                       ["compress", "x", "--out", "y", "--factor-bits", "4", "4", "4"]])
+def test_the_command_line_turns_bad_input_into_one_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["caldera", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("caldera: ") and error.count("\n") == 1
+
+
+# ---- the real model
+
+
+def test_the_first_two_blocks_of_smollm2(tmp_path, monkeypatch):
+    whole = convert.load("smollm2-135m")
+    cut = whole._replace(config=dataclasses.replace(whole.config, layers=2),
+                         params=whole.params | {"blocks": whole.params["blocks"][:2]})
+    fresh = lambda name: cut._replace(params=cut.params | {"blocks": list(cut.params["blocks"])})
+    monkeypatch.setattr(convert, "load", fresh)
+    caldera = CalderaConfig(rank=16, outer_iterations=2, inner_iterations=2, svd="randomized")
+    config = RunConfig("smollm2-135m", caldera, Tokens(windows=4, window=256), Tokens(windows=2, window=256))
+    row = compress(config, tmp_path / "out")
+    nominal = sum(2 * m * n + 16 * 4 * (m + n) for m, n in (r["shape"] for r in row["layers"]))
+    assert len(row["layers"]) == 14
+    assert nominal < 8 * row["stored_bytes"] < 1.02 * nominal
+    assert row["max_layer_error"] < 0.35
+    loss, base = np.log(row["compressed_perplexity"]), np.log(row["base_perplexity"])  # two blocks of thirty know little
+    assert abs(loss / base - 1) < 0.1
+    model = artifact.load(tmp_path / "out")
+    x = np.random.default_rng(0).standard_normal((5, 576)).astype(np.float32)
+    gate = model.params["blocks"][1]["gate"]
+    np.testing.assert_allclose(linear.apply(gate, x), x @ np.asarray(gate.dense()).T, rtol=1e-4, atol=1e-4)
+    assert data.fetch_model("smollm2-135m").is_file()

@@ -1,0 +1,30 @@
+"""A random Llama of two blocks on disk, with a byte tokenizer, and text for it."""
+
+from pathlib import Path
+
+import jax
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from caldera_jax.models import convert, llama
+
+CONFIG = llama.LlamaConfig(vocab=256, dim=24, layers=2, heads=2, kv_heads=1, head_dim=12, ffn_dim=40, context=64)
+WORDS = "the lattice code of each layer rounds its weights and feeds the error back into columns yet to come".split()
+
+
+def write_model(directory: Path) -> Path:
+    """A Hugging Face directory that ``convert.load`` reads."""
+    params = llama.init(jax.random.key(0), CONFIG)
+    convert.save_hf(directory, CONFIG, params)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def write_text(path: Path, paragraphs: int = 40) -> Path:
+    """Paragraphs that all differ."""
+    turn = lambda i: WORDS[i % len(WORDS):] + WORDS[:i % len(WORDS)]
+    path.write_text("\n\n".join(f"{i}: {' '.join(turn(i) + turn(3 * i))}" for i in range(paragraphs)))
+    return path
