@@ -70,6 +70,48 @@ def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
         hidden = run_block(config, params["blocks"][index], hidden) if sequential else after
 
 
+def released(directory: Path, config: LlamaConfig,
+             blocks: int | None = None) -> Iterator[tuple[int, dict[str, Moments]]]:
+    """(block index, Moments of its inputs) from the Hessians that the authors of QuIP# and CALDERA released.
+
+    Files ``0_qkv.pt``, ``0_o.pt``, ``0_up.pt``, ``0_down.pt``, ``1_qkv.pt``, …; see ``read_hessian``.  Their token
+    count is taken as 1, since H is all that is used of them.
+    """
+    sizes = {llama.INPUT_OF[name]: n for name, (_, n) in llama.shapes(config).items()}
+    for index in range(config.layers if blocks is None else blocks):
+        moments = {}
+        for name, n in sizes.items():
+            h = read_hessian(path := directory / f"{index}_{name}.pt")
+            if len(h) != n:
+                raise ValueError(f"{path}: the Hessian is of {len(h)} inputs, and this model's layer has {n}: these "
+                                 "files belong to another model")
+            moments[name] = Moments(jnp.asarray(h), jnp.zeros_like(h), jnp.asarray(1, jnp.int32))
+        yield index, moments
+
+
+def read_hessian(path: Path) -> Float[np.ndarray, "n n"]:
+    """H = C + μ μᵀ from a file of ``torch.save``: ``flatH`` the lower triangle of the covariance C, row by row, ``mu``.
+
+    Read with ``weights_only``, so a file cannot run code.  Raises ValueError where torch is missing or the file is not
+    of this kind.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"{path}: reading the released Hessians needs torch: pip install torch") from error
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        flat, mean = (np.asarray(saved[key].to(torch.float32)) for key in ("flatH", "mu"))
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path}: missing or not a released Hessian (flatH, mu): {error}") from error
+    n = len(mean)
+    if flat.shape != (n * (n + 1) // 2,):
+        raise ValueError(f"{path}: flatH has {flat.size} numbers, and {n} inputs need {n * (n + 1) // 2}: damaged file")
+    h = np.zeros((n, n), np.float32)
+    h[np.tril_indices(n)] = flat
+    return h + np.tril(h, -1).T + np.outer(mean, mean)
+
+
 @partial(jax.jit, static_argnums=0)
 @jax.default_matmul_precision("highest")
 def _forward(config, block, x):

@@ -40,7 +40,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
              calibration_window: int | None = None, evaluation_text: str | None = None,
              evaluation_windows: int | None = None, evaluation_window: int | None = None,
              activations: Literal["dense", "compressed"] | None = None, blocks: int | None = None,
-             seed: int | None = None, moments: Path | None = None) -> None:
+             seed: int | None = None, moments: Path | None = None, hessians: str | None = None) -> None:
     """Compress a model: calibrate, compress every linear layer, evaluate before and after, write OUT/report.json.
 
     Killed and started again with the same arguments, it goes on where it was.
@@ -74,15 +74,19 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         blocks: compress only the first so many blocks.
         seed: of the rotations and of whatever else is random.
         moments: directory to keep the calibration Moments in, read again by later runs on the same model and text.
+        hessians: directory of Hessians as the authors released them (0_qkv.pt, 0_o.pt, 0_up.pt, 0_down.pt, 1_qkv.pt, …;
+            needs torch), used instead of calibrating.
     """
     if factor_bits is not None and len(factor_bits) not in (1, 2):
         raise ValueError(f"factor_bits takes one number, or two for L and R; got {len(factor_bits)}")
     bits = factor_bits[0] if factor_bits is not None and len(factor_bits) == 1 else factor_bits
     base = PRESETS[preset]
-    config = override(base, model=model, activations=activations, blocks=blocks, seed=seed, caldera=override(
-        base.caldera, rank=rank, q_bits=q_bits, factor_bits=bits, outer_iterations=outer_iterations,
-        inner_iterations=inner_iterations, downdate=downdate, refine_passes=refine_passes, svd=svd, order=order,
-        rotation=rotation, damping=damping, quantizer=quantizer, factor_quantizer=factor_quantizer),
+    caldera = override(base.caldera, rank=rank, q_bits=q_bits, factor_bits=bits, outer_iterations=outer_iterations,
+                       inner_iterations=inner_iterations, downdate=downdate, refine_passes=refine_passes, svd=svd,
+                       order=order, rotation=rotation, damping=damping, quantizer=quantizer,
+                       factor_quantizer=factor_quantizer)
+    config = override(
+        base, model=model, caldera=caldera, activations=activations, blocks=blocks, seed=seed, hessians=hessians,
         calibration=override(base.calibration, text=calibration_text, windows=calibration_windows,
                              window=calibration_window),
         evaluation=override(base.evaluation, text=evaluation_text, windows=evaluation_windows,

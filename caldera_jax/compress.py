@@ -37,6 +37,7 @@ class Tokens:
 class RunConfig:
     """All that decides the result of a run.
 
+    hessians: a directory of Hessians as the authors released them, instead of calibrating.
     blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
     in the paper, or on the model whose earlier blocks are compressed already.
     """
@@ -48,6 +49,7 @@ class RunConfig:
     activations: Literal["dense", "compressed"] = "dense"
     blocks: int | None = None
     seed: int = 0
+    hessians: str | None = None
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):
@@ -93,7 +95,10 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: "Run", clo
     chosen = model.config.layers if config.blocks is None else config.blocks
     sequential = config.activations == "compressed"
     folder = None if spill is None else spill / run.moments_hash
-    inputs = calibration.collect(model.config, model.params, tokens, chosen, sequential, folder)
+    if config.hessians is not None:
+        inputs = calibration.released(Path(config.hessians), model.config, chosen)
+    else:
+        inputs = calibration.collect(model.config, model.params, tokens, chosen, sequential, folder)
     metas: dict[str, Any] = {}
     weights = sum(m * n for m, n in llama.shapes(model.config).values())
     with tqdm(total=chosen * weights, unit="weight", unit_scale=True, desc="compress") as progress:

@@ -60,6 +60,12 @@ class CalderaConfig:
                             ("damping", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("quantizer", "factor_quantizer"):
+            if not isinstance(getattr(self, name), str | Codebook):
+                raise ValueError(f"{name} must be the name of a family or a Codebook, got {getattr(self, name)!r}")
+        pair = self.factor_bits if isinstance(self.factor_bits, tuple) else (self.factor_bits,) * 2
+        if len(pair) != 2 or not all(isinstance(bits, int) for bits in pair):
+            raise ValueError(f"factor_bits must be an integer or a tuple of two (L, R), got {self.factor_bits!r}")
         if not (self.q_grid or self.rank):  # q_grid raises for bits that are not offered
             raise ValueError("rank=0 and q_bits=0 leave nothing: switch on one of them")
         _ = self.factor_grids  # raises for bits that are not offered

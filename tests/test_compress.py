@@ -167,8 +167,8 @@ def test_a_full_disk_keeps_finished_layers_and_says_so(finished, config, tmp_pat
     text = config.calibration.text
     arguments = ["caldera", "compress", config.model, "--out", str(out), "--preset", "default", "--rank", "3",
                  "--outer-iterations", "2", "--inner-iterations", "1", "--quantizer", "uniform", "--q-bits", "3",
-                 "--factor-quantizer", "uniform", "--svd", "exact", "--calibration-text", text, "--evaluation-text", text,
-                 "--calibration-windows", "4", "--calibration-window", "32", "--evaluation-windows", "3",
+                 "--factor-quantizer", "uniform", "--svd", "exact", "--calibration-text", text, "--calibration-windows",
+                 "4", "--calibration-window", "32", "--evaluation-text", text, "--evaluation-windows", "3",
                  "--evaluation-window", "32"]
     monkeypatch.setattr("sys.argv", arguments)
     with monkeypatch.context() as patch:
@@ -220,9 +220,32 @@ def test_calibrating_on_the_compressed_model_changes_later_blocks_only(finished,
     assert ours["block_001.safetensors"] != theirs["block_001.safetensors"]
 
 
+def test_released_hessians_are_read_with_their_mean(source, config, tmp_path):
+    torch = pytest.importorskip("torch", reason="the authors' Hessians are torch files")
+    shapes, expected = llama.shapes(tiny.CONFIG), {}
+    for index in range(2):
+        for layer, name in (("q", "qkv"), ("o", "o"), ("up", "up"), ("down", "down")):
+            x = np.random.default_rng(index).standard_normal((100, shapes[layer][1])) + 0.5
+            covariance, n = np.cov(x.T, bias=True), x.shape[1]
+            flat = torch.tensor(covariance[np.tril_indices(n)], dtype=torch.float32)
+            saved = {"flatH": flat, "mu": torch.tensor(x.mean(0), dtype=torch.float32), "n": n, "ct": 100}
+            torch.save(saved, tmp_path / f"{index}_{name}.pt")
+            expected[index, name] = x.T @ x / len(x)
+    for index, moments in calibration.released(tmp_path, tiny.CONFIG):
+        for name in moments:
+            np.testing.assert_allclose(moments[name].mean(), expected[index, name], atol=1e-5)
+    row = compress(dataclasses.replace(config, hessians=str(tmp_path)), tmp_path / "out")
+    assert row["max_layer_error"] < 1
+    shutil.copy(tmp_path / "0_down.pt", tmp_path / "1_o.pt")
+    with pytest.raises(ValueError, match="1_o.pt: the Hessian is of 40 inputs, and this model's layer has 24"):
+        list(calibration.released(tmp_path, tiny.CONFIG))
+    with pytest.raises(ValueError, match="0_qkv.pt: missing"):
+        list(calibration.released(tmp_path / "none", tiny.CONFIG))
+
+
 def test_fewer_tokens_than_inputs_work(config, tmp_path):
-    row = compress(dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, windows=1, window=8)),
-                   tmp_path / "out")
+    few = dataclasses.replace(config.calibration, windows=1, window=8)
+    row = compress(dataclasses.replace(config, calibration=few), tmp_path / "out")
     assert row["max_layer_error"] < 1
 
 
@@ -372,7 +395,7 @@ def test_the_first_two_blocks_of_smollm2(tmp_path, monkeypatch):
     assert len(row["layers"]) == 14
     assert nominal < 8 * row["stored_bytes"] < 1.02 * nominal
     assert row["max_layer_error"] < 0.35
-    loss, base = np.log(row["compressed_perplexity"]), np.log(row["base_perplexity"])  # two blocks of thirty know little
+    loss, base = np.log(row["compressed_perplexity"]), np.log(row["base_perplexity"])  # two blocks alone know little
     assert abs(loss / base - 1) < 0.1
     model = artifact.load(tmp_path / "out")
     x = np.random.default_rng(0).standard_normal((5, 576)).astype(np.float32)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "caldera_jax"
 ORDER = ("report kernels lattice codebooks hadamard hessian objective incoherence ldlq regression packing lplr "
-         "decompose linear models artifact calibration evaluate harness generate finetune allocate compress cli").split()
+         "decompose linear models artifact calibration evaluate harness generate finetune allocate compress "
+         "cli").split()
 
 
 def _imported(path):
