@@ -243,10 +243,25 @@ def test_released_hessians_are_read_with_their_mean(source, config, tmp_path):
         list(calibration.released(tmp_path / "none", tiny.CONFIG))
 
 
-def test_fewer_tokens_than_inputs_work(config, tmp_path):
-    few = dataclasses.replace(config.calibration, windows=1, window=8)
-    row = compress(dataclasses.replace(config, calibration=few), tmp_path / "out")
+def test_fewer_tokens_than_inputs_work_and_raised_damping_is_reported_by_layer(config, tmp_path, capsys):
+    few, undamped = dataclasses.replace(config.calibration, windows=1, window=8), dataclasses.replace(CALDERA, damping=0)
+    row = compress(dataclasses.replace(config, calibration=few, caldera=undamped), tmp_path / "out")
     assert row["max_layer_error"] < 1
+    raised = [r for r in row["layers"] if r["damping"] > 0]
+    printed = capsys.readouterr().out
+    assert raised and all(f"{r['path']}: the Hessian is not positive definite" in printed for r in raised)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_models_compress_and_keep_their_dense_arrays(source, config, tmp_path, dtype):
+    params = llama.init(jax.random.key(0), tiny.CONFIG, dtype)
+    convert.save_hf(tmp_path / "model", tiny.CONFIG, params)
+    shutil.copy(source / "tokenizer.json", tmp_path / "model")
+    row = compress(dataclasses.replace(config, model=str(tmp_path / "model")), tmp_path / "out")
+    back = artifact.load(tmp_path / "out")
+    assert np.isfinite(row["compressed_perplexity"]) and row["max_layer_error"] < 1
+    np.testing.assert_array_equal(back.params["embed"], np.asarray(params["embed"]))
+    assert back.params["embed"].dtype == dtype
 
 
 def test_only_the_first_blocks_are_compressed_when_asked(config, tmp_path):
@@ -402,3 +417,18 @@ def test_the_first_two_blocks_of_smollm2(tmp_path, monkeypatch):
     gate = model.params["blocks"][1]["gate"]
     np.testing.assert_allclose(linear.apply(gate, x), x @ np.asarray(gate.dense()).T, rtol=1e-4, atol=1e-4)
     assert data.fetch_model("smollm2-135m").is_file()
+
+
+@pytest.mark.slow
+def test_base_perplexity_of_smollm2_equals_that_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch", reason="transformers is the other side")
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side")
+    model = convert.load("smollm2-135m")
+    convert.save_hf(tmp_path, model.config, model.params)
+    other = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    _, documents = data.split(data.load_text("enwiki"))
+    windows = data.token_windows(model.tokenizer, documents, 512, 2, "evaluation")
+    with torch.no_grad():
+        tokens = torch.tensor(windows, dtype=torch.long)
+        loss = float(other(input_ids=tokens, labels=tokens).loss)
+    assert evaluate.perplexity(model.config, model.params, windows) == pytest.approx(np.exp(loss), rel=1e-4)
