@@ -7,20 +7,14 @@ stayed dense, and gains, have their own name alone.
 """
 
 import dataclasses
-import errno
-import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from caldera_jax import codebooks, report
+from caldera_jax import codebooks, files, report
 from caldera_jax.codebooks import Codebook
 from caldera_jax.linear import CompressedLinear, Packed
 from caldera_jax.models.convert import Model
@@ -48,7 +42,7 @@ def layer_arrays(layer: CompressedLinear) -> dict[str, np.ndarray]:
     for name in ("left_side", "right_side"):
         side = getattr(layer, name)
         arrays |= {f"{name}.{i}": matrix for i, matrix in enumerate(side)} if isinstance(side, tuple) else {name: side}
-    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    return {name: np.asarray(value) for name, value in arrays.items()}
 
 
 def layer_from(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> CompressedLinear:
@@ -76,24 +70,6 @@ def _grid(meta: dict[str, Any] | None) -> Codebook | None:
     return GRIDS[fields.pop("kind")](**fields)
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """One safetensors file, under a temporary name and then renamed.  Raises OSError where the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, temporary)
-    except SafetensorError as error:  # it hides the operating system's error in its text
-        raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error), str(path)) from error
-    os.replace(temporary, path)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What ``write_arrays`` wrote; ValueError naming a file that is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: missing or not a safetensors file ({error}); compress the model again") from error
-
-
 def block_arrays(block: Params) -> dict[str, np.ndarray]:
     """All arrays of a block, dense or compressed, by name."""
     arrays = {}
@@ -107,14 +83,12 @@ def block_arrays(block: Params) -> dict[str, np.ndarray]:
 
 def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run: Any) -> None:
     """Write what is not a block's, then the manifest.  ``layers``: path -> ``layer_meta`` of the compressed layers."""
-    write_arrays(directory / REST, {name: np.asarray(v) for name, v in model.params.items() if name != "blocks"})
-    temporary = directory / (TOKENIZER + ".tmp")
-    temporary.write_text(model.tokenizer.to_str())
-    os.replace(temporary, directory / TOKENIZER)
+    files.write_arrays(directory / REST, {name: np.asarray(v) for name, v in model.params.items() if name != "blocks"})
+    files.write(directory / TOKENIZER, model.tokenizer.to_str().encode())
     names = [block_file(i) for i in range(model.config.layers)] + [REST, TOKENIZER]
     manifest = {"format": FORMAT, "model": model.name, "model_config": dataclasses.asdict(model.config),
-                "run": run, "layers": layers, "files": {name: sha256(directory / name) for name in names}}
-    report.write_json(directory / MANIFEST, manifest)
+                "run": run, "layers": layers, "files": {name: files.sha256(directory / name) for name in names}}
+    files.write_json(directory / MANIFEST, manifest)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -124,14 +98,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         unfinished = "an unfinished run (start `caldera compress` again with the same arguments to finish it)"
         what = unfinished if (directory / "unfinished").is_dir() else "no compressed model"
         raise ValueError(f"{directory}: {what}: there is no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest of this program ({error})") from error
-    if version != FORMAT:
-        raise ValueError(f"{path}: format {version}, and this version reads format {FORMAT}: use the caldera-jax that "
-                         "wrote it, or compress the model again")
+    manifest = files.read_json(path)
+    needed = {"format", "run", "model", "model_config", "layers", "files"}
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ValueError(f"{path}: not a manifest of this program")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path}: format {manifest['format']}, and this version reads format {FORMAT}: use the "
+                         "caldera-jax that wrote it, or compress the model again")
+    if missing := needed - manifest.keys():
+        raise ValueError(f"{path}: not a manifest of this program: it lacks {', '.join(sorted(missing))}")
     return manifest
 
 
@@ -140,15 +115,15 @@ def load(directory: str | Path) -> Model:
     directory = Path(directory)
     manifest = read_manifest(directory)
     for name, digest in manifest["files"].items():
-        if not (directory / name).is_file() or sha256(directory / name) != digest:
+        if not (directory / name).is_file() or files.sha256(directory / name) != digest:
             raise ValueError(f"{directory / name}: missing, or its SHA-256 differs from the manifest's: the file was "
                              "damaged or replaced; restore it or compress the model again")
     raw = dict(manifest["model_config"])
     if raw["rope_scaling"] is not None:
         raw["rope_scaling"] = Llama3RopeScaling(**raw["rope_scaling"])
     config = LlamaConfig(**raw)
-    params = read_arrays(directory / REST)
-    params["blocks"] = [_block(read_arrays(directory / block_file(i)), manifest["layers"], f"blocks.{i}.")
+    params = files.read_arrays(directory / REST)
+    params["blocks"] = [_block(files.read_arrays(directory / block_file(i)), manifest["layers"], f"blocks.{i}.")
                         for i in range(config.layers)]
     return Model(config, params, Tokenizer.from_file(str(directory / TOKENIZER)), manifest["model"])
 
@@ -161,12 +136,6 @@ def _block(arrays: dict[str, np.ndarray], layers: dict[str, Any], prefix: str) -
             own = {key.removeprefix(name + "."): value for key, value in arrays.items() if key.startswith(name + ".")}
             block[name] = jax.tree.map(jax.numpy.asarray, layer_from(own, meta))
     return block
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_bytes(params: Params) -> int:

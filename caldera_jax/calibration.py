@@ -27,9 +27,10 @@ def embed(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"]) -
 def run_block(config: LlamaConfig, block: Params, hidden: Float[np.ndarray, "w s d"],
               batch: int = 4) -> Float[np.ndarray, "w s d"]:
     """The residual stream after one block, ``batch`` windows at a time."""
-    block = jax.device_put(block)
-    return np.concatenate([np.asarray(_forward(config, block, hidden[i:i + batch]))
-                           for i in range(0, len(hidden), batch)])
+    block, after = jax.device_put(block), np.empty_like(hidden)
+    for i in range(0, len(hidden), batch):
+        after[i:i + batch] = _forward(config, block, hidden[i:i + batch])
+    return after
 
 
 def calibrate_block(config: LlamaConfig, block: Params, hidden: Float[np.ndarray, "w s d"],
@@ -38,13 +39,12 @@ def calibrate_block(config: LlamaConfig, block: Params, hidden: Float[np.ndarray
 
     Layers with the same input share them: q, k, v and gate, up.  O(tokens n²) an input beside the forward pass.
     """
-    block = jax.device_put(block)
+    block, after = jax.device_put(block), np.empty_like(hidden)
     sizes = {llama.INPUT_OF[name]: n for name, (_, n) in llama.shapes(config).items()}
-    moments, parts = {name: hessian.zero(n) for name, n in sizes.items()}, []
+    moments = {name: hessian.zero(n) for name, n in sizes.items()}
     for i in range(0, len(hidden), batch):
-        out, moments = _observe(config, block, hidden[i:i + batch], moments)
-        parts.append(np.asarray(out))
-    return np.concatenate(parts), moments
+        after[i:i + batch], moments = _observe(config, block, hidden[i:i + batch], moments)
+    return after, moments
 
 
 def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], blocks: int | None = None,
@@ -57,7 +57,7 @@ def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
     """
     blocks = config.layers if blocks is None else blocks
     files = [spill / f"moments_{index:03d}.safetensors" for index in range(blocks)] if spill else []
-    if files and not sequential and all(file.is_file() for file in files):
+    if files and not sequential and all(file.is_file() for file in files):  # written whole, so whole
         yield from ((index, hessian.load(file)) for index, file in enumerate(files))
         return
     hidden = embed(config, params, tokens)
@@ -66,8 +66,12 @@ def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
         if files:
             spill.mkdir(parents=True, exist_ok=True)
             hessian.save(files[index], moments)
+        if not sequential:
+            hidden = after
+        del after
         yield index, moments
-        hidden = run_block(config, params["blocks"][index], hidden) if sequential else after
+        if sequential:
+            hidden = run_block(config, params["blocks"][index], hidden)
 
 
 def released(directory: Path, config: LlamaConfig,

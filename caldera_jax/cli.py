@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from caldera_jax import artifact, evaluate, report
+from caldera_jax import artifact, evaluate, files
 from caldera_jax.compress import RunConfig, Tokens, texts
 from caldera_jax.compress import compress as run_compress
 from caldera_jax.decompose import CalderaConfig
@@ -126,14 +126,17 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         window: tokens a window.
     """
     run = artifact.read_manifest(directory)["run"]["config"]
-    ours, theirs = ({k: v for k, v in run[part].items() if k != "kind"} for part in ("calibration", "evaluation"))
-    config = RunConfig(run["model"], calibration=Tokens(**ours),
-                       evaluation=override(Tokens(**theirs), text=text, windows=windows, window=window))
+    ours, theirs = (Tokens(**{k: v for k, v in run[part].items() if k != "kind"})
+                    for part in ("calibration", "evaluation"))
+    chosen = override(theirs, text=text, windows=windows, window=window)
     model = artifact.load(directory)
-    _, tokens = texts(config, model)
+    if chosen.text in (ours.text, theirs.text):
+        _, tokens = texts(RunConfig(run["model"], calibration=ours, evaluation=chosen), model)
+    else:  # of no concern to the calibration, whose text need not be on this machine
+        tokens = data.token_windows(model.tokenizer, data.load_text(chosen.text), chosen.window, chosen.windows,
+                                    "evaluation")
     value = evaluate.perplexity(model.config, model.params, tokens, title="perplexity")
-    print(f"{directory}: perplexity {value:.4f} on {tokens.shape[0]} windows of {tokens.shape[1]} tokens of "
-          f"{config.evaluation.text}")
+    print(f"{directory}: perplexity {value:.4f} on {chosen.windows} windows of {chosen.window} tokens of {chosen.text}")
 
 
 def inspect(directory: Directory) -> None:
@@ -143,7 +146,10 @@ def inspect(directory: Directory) -> None:
         directory: of the compressed model.
     """
     artifact.read_manifest(directory)
-    r = report.read_json(directory / "report.json")
+    if not (directory / "report.json").is_file():
+        raise ValueError(f"{directory}: compressed, but not evaluated yet: start `caldera compress` again with the "
+                         "same arguments")
+    r = files.read_json(directory / "report.json")
     print(f"{'layer':18s} {'m':>6s} {'n':>6s} {'rank':>5s} {'error':>8s} {'bits':>7s} {'damping':>8s} {'seconds':>8s}")
     for row in r["layers"]:
         m, n = row["shape"]
@@ -167,8 +173,8 @@ def main() -> None:
     try:
         commands = {"compress": compress, "eval": evaluate_, "inspect": inspect, "fetch": fetch}
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    except ValueError as error:
-        sys.exit(_say(str(error)))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(_say(" ".join(str(error).split())))
     except OSError as error:
         full = " The disk is full: free some space and run the same command again; finished layers are kept."
         sys.exit(_say(f"{error}.{full if error.errno == errno.ENOSPC else ''}"))

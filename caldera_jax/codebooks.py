@@ -221,23 +221,23 @@ class NormalFloat(_Codes):
 class Half(_Codes):
     """16 bits, really rounded to float16 or bfloat16; in units of the RMS, so that float16 does not overflow."""
 
-    kind: str = "float16"
+    format: str = "float16"
     group: int | None = None
     block: ClassVar[int] = 1
     code_bits: ClassVar[int] = 16
 
     def __post_init__(self):
-        if self.kind not in ("float16", "bfloat16"):
-            raise ValueError(f"a 16-bit factor is 'float16' or 'bfloat16', got {self.kind!r}")
+        if self.format not in ("float16", "bfloat16"):
+            raise ValueError(f"a 16-bit factor is 'float16' or 'bfloat16', got {self.format!r}")
 
     def scale(self, x, real):
         return _rms(x, real)
 
     def encode(self, x, key=None):
-        return lax.bitcast_convert_type(x.astype(self.kind), jnp.uint16)
+        return lax.bitcast_convert_type(x.astype(self.format), jnp.uint16)
 
     def decode(self, codes, dtype=jnp.float32):
-        return lax.bitcast_convert_type(codes.astype(jnp.uint16), jnp.dtype(self.kind)).astype(dtype)
+        return lax.bitcast_convert_type(codes.astype(jnp.uint16), jnp.dtype(self.format)).astype(dtype)
 
 
 def by_bits(name: str, bits: int) -> Codebook:

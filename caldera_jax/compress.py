@@ -6,6 +6,7 @@ the run's own description, one safetensors file and one record for each finished
 
 import hashlib
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from caldera_jax import artifact, calibration, evaluate, report
+from caldera_jax import artifact, calibration, evaluate, files, report
 from caldera_jax.decompose import CalderaConfig
 from caldera_jax.hessian import Moments
 from caldera_jax.linear import CompressedLinear, compress_matrix
@@ -56,6 +57,10 @@ class RunConfig:
             raise ValueError(f"activations must be 'dense' or 'compressed', got {self.activations!r}")
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(f"blocks must be at least 1, got {self.blocks}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2^32 - 1, got {self.seed}")
+        if self.evaluation.window < 2:
+            raise ValueError(f"perplexity needs windows of at least 2 tokens, got {self.evaluation.window}")
 
 
 def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[str, Any]:
@@ -67,14 +72,16 @@ def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[
     bytes.  Memory: the dense model, one block's activations and Moments, one layer's workspace.
     Raises ValueError for bad input (which layer, what to do) and OSError where the disk is full; finished layers stay.
     """
-    clock = report.Clock()
-    with clock.stage("load"):
-        model = convert.load(config.model)
-        tokens, held_out = texts(config, model)
-        check(config, model)
-        run = Run(out, identity(config, model))
+    start = time.perf_counter()
+    model = convert.load(config.model)
+    tokens, held_out = texts(config, model)
+    check(config, model)
+    run = Run(out, identity(config, model, tokens, held_out))
     if (done := run.report()) is not None:
         return done
+    clock = report.Clock(run.recall("clock"))
+    clock.add("load", time.perf_counter() - start)
+    origin = report.provenance(config, config.seed)
     if (base := run.recall("base")) is None:
         with clock.stage("evaluate base"):
             base = evaluate.perplexity(model.config, model.params, held_out, title="base perplexity")
@@ -83,10 +90,11 @@ def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[
         layers = _blocks(config, model, tokens, run, clock, moments)
         with clock.stage("write"):
             artifact.finish(out, model, layers, run.identity)
+    del model  # the dense one
     with clock.stage("evaluate compressed"):
         model = artifact.load(out)
         value = evaluate.perplexity(model.config, model.params, held_out, title="compressed perplexity")
-    return run.finish(summary(config, clock, run.records(), base, value, model, out))
+    return run.finish(summary(config, origin, clock, run.records(), base, value, model, out))
 
 
 def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: "Run", clock: report.Clock,
@@ -108,6 +116,7 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: "Run", clo
             block = _layers(config, model, index, moments, run, clock, progress)
             model.params["blocks"][index] = block
             run.keep_block(index, block)
+            run.remember("clock", clock.stages)
             metas |= {f"blocks.{index}.{name}": artifact.layer_meta(block[name]) for name in llama.LINEARS}
     for index in range(chosen, model.config.layers):
         run.keep_block(index, model.params["blocks"][index])
@@ -132,7 +141,7 @@ def _layers(config: RunConfig, model: Model, index: int, moments: dict[str, Mome
                 progress.write(f"{path}: the Hessian is not positive definite with damping {config.caldera.damping:g}; "
                                f"raised to {float(trace.damping):g}")
             run.keep_layer(path, layer, record(path, layer, error, trace, part))
-        block[name] = layer
+        block[name] = jax.tree.map(np.asarray, layer)  # on the host, as the dense ones
         progress.update(w.size)
     return block
 
@@ -152,13 +161,14 @@ def record(path: str, layer: CompressedLinear, error: float, trace, part: dict[s
             "seconds": round(part["seconds"], 3), "compile_seconds": round(part["compile_seconds"], 3)}
 
 
-def summary(config: RunConfig, clock: report.Clock, records, base: float, value: float, model: Model, out: Path):
+def summary(config: RunConfig, origin: dict[str, Any], clock: report.Clock, records: list[dict[str, Any]], base: float,
+            value: float, model: Model, out: Path) -> dict[str, Any]:
     """The report of a finished run."""
     bits = sum(r["bits"] for r in records)
     weights = sum(r["shape"][0] * r["shape"][1] for r in records)
     files = artifact.read_manifest(out)["files"]
     stages = {name: {**stage, "seconds": round(stage["seconds"], 3)} for name, stage in clock.stages.items()}
-    return {"model": config.model, **report.provenance(config, config.seed), "base_perplexity": base,
+    return {"model": config.model, **origin, "base_perplexity": base,
             "compressed_perplexity": value,
             "evaluated_tokens": config.evaluation.windows * (config.evaluation.window - 1),
             "bits_per_weight": bits / weights, "stored_bytes": bits // 8, "compressed_weights": weights,
@@ -201,12 +211,14 @@ def check(config: RunConfig, model: Model) -> None:
             raise ValueError(f"{name}: the weights hold NaN or infinite values: fetch the model again")
 
 
-def identity(config: RunConfig, model: Model) -> dict[str, Any]:
-    """What a run must share with the one it resumes: every setting, and the SHA-256 of the model's weights."""
-    digest = hashlib.sha256()
+def identity(config: RunConfig, model: Model, tokens: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """What a run must share with the one it resumes: every setting, and the SHA-256 of all that goes in."""
+    digest = hashlib.sha256(repr(model.config).encode())
     for leaf in jax.tree.leaves(model.params):
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
-    return {"config": report.plain(config), "model_sha256": digest.hexdigest()}
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    return {"config": report.plain(config), "model_sha256": digest.hexdigest(),
+            "tokenizer_sha256": files.sha256(model.tokenizer.to_str().encode()),
+            "calibration_sha256": files.sha256(tokens), "evaluation_sha256": files.sha256(held_out)}
 
 
 class Run:
@@ -214,22 +226,28 @@ class Run:
 
     def __init__(self, out: Path, identity: dict[str, Any]):
         self.out, self.identity, self.work = out, identity, out / "unfinished"
-        config, dense = identity["config"], identity["config"]["activations"] == "dense"
-        self.moments_hash = report.config_hash([identity["model_sha256"], config["calibration"]] if dense else identity)
+        dense = identity["config"]["activations"] == "dense"
+        inputs = [identity["model_sha256"], identity["calibration_sha256"]]
+        self.moments_hash = report.config_hash(inputs if dense else identity)
         known = self._read(self.work / "run.json")
         if known is None and (out / artifact.MANIFEST).exists():
             known = artifact.read_manifest(out)["run"]
-        if known is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if known is None and out.exists() and not self._empty():
             raise ValueError(f"{out} exists and holds something else: choose another --out, or remove it")
         if known is not None and known != identity:
             raise ValueError(f"{out} belongs to another run ({_difference(known, identity)}): choose another --out, or "
                              "remove it to start over")
         if not self._read(out / "report.json"):
             self.work.mkdir(parents=True, exist_ok=True)
-            report.write_json(self.work / "run.json", identity)
+            files.write_json(self.work / "run.json", identity)
+
+    def _empty(self) -> bool:
+        """Whether there is nothing but, at most, the traces of a run cut off before it had written anything."""
+        traces = {self.work, self.work / "run.json.tmp"}
+        return self.out.is_dir() and set(self.out.rglob("*")) <= traces
 
     def _read(self, path: Path) -> Any:
-        return report.read_json(path) if path.is_file() else None
+        return files.read_json(path) if path.is_file() else None
 
     def report(self) -> dict[str, Any] | None:
         """The report, if this run is finished; its directory of unfinished work is removed."""
@@ -248,7 +266,7 @@ class Run:
 
     def remember(self, name: str, value: Any) -> None:
         """Keep a record for a later start."""
-        report.write_json(self.work / f"{name}.json", value)
+        files.write_json(self.work / f"{name}.json", report.plain(value))
 
     def records(self) -> list[dict[str, Any]]:
         """What was recorded of each layer, in order."""
@@ -259,25 +277,26 @@ class Run:
         return [{name: value for name, value in row.items() if name != "meta"} for row in rows.values()]
 
     def layer(self, path: str) -> CompressedLinear | None:
-        """A finished layer, or None."""
-        kept = self.recall(path)
-        if kept is None:
+        """A finished layer; None where there is none, or where its file is damaged and it must be made again."""
+        try:
+            kept = self.recall(path)
+            return kept and artifact.layer_from(files.read_arrays(self.work / f"{path}.safetensors"), kept["meta"])
+        except (ValueError, KeyError) as error:
+            tqdm.write(f"{path}: kept, but not readable ({error}); compressing it again")
             return None
-        arrays = artifact.read_arrays(self.work / f"{path}.safetensors")
-        return jax.tree.map(jnp.asarray, artifact.layer_from(arrays, kept["meta"]))
 
     def keep_layer(self, path: str, layer: CompressedLinear, row: dict[str, Any]) -> None:
         """Write a finished layer: arrays first, and then the record that makes it count."""
-        artifact.write_arrays(self.work / f"{path}.safetensors", artifact.layer_arrays(layer))
+        files.write_arrays(self.work / f"{path}.safetensors", artifact.layer_arrays(layer))
         self.remember(path, {**row, "meta": artifact.layer_meta(layer)})
 
     def keep_block(self, index: int, block: dict[str, Any]) -> None:
         """Write a block's file."""
-        artifact.write_arrays(self.out / artifact.block_file(index), artifact.block_arrays(block))
+        files.write_arrays(self.out / artifact.block_file(index), artifact.block_arrays(block))
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write the report and drop the unfinished work."""
-        report.write_json(self.out / "report.json", summary)
+        files.write_json(self.out / "report.json", summary)
         shutil.rmtree(self.work)
         return summary
 

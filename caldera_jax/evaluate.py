@@ -23,14 +23,16 @@ def perplexity(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w 
     if windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of at least 2 tokens, got {windows.shape[1]}")
     hidden = calibration.embed(config, params, windows)
-    for block in tqdm(params["blocks"], title, disable=title is None, unit="block", leave=False):
+    for index, block in enumerate(tqdm(params["blocks"], title, disable=title is None, unit="block", leave=False)):
         hidden = calibration.run_block(config, block, hidden, batch)
+        if not np.isfinite(hidden).all():
+            raise ValueError(f"blocks.{index}: its output holds NaN or infinite values: the weights overflow")
     last = jax.device_put({name: value for name, value in params.items() if name != "blocks"})
     losses = [np.asarray(_loss(config, last, hidden[i:i + 1], windows[i:i + 1]), np.float64)
               for i in range(len(windows))]
     total = np.concatenate(losses).sum()
     if not np.isfinite(total):
-        raise ValueError("the loss is not finite: the model's weights or activations overflow")
+        raise ValueError("the loss is not finite: the head's weights overflow")
     return float(np.exp(total / (windows.size - len(windows))))
 
 

@@ -3,7 +3,6 @@
 H = XᵀX / tokens with the tokens as rows of X.  Everything that depends on H alone is in ``HessianFactors``.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
-from safetensors.numpy import load_file, save_file
+
+from caldera_jax import files
 
 
 class Moments(NamedTuple):
@@ -47,16 +47,14 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def save(path: Path, moments: dict[str, Moments]) -> None:
-    """Write named Moments to one safetensors file, under a temporary name and then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({f"{name}.{field}": np.asarray(value) for name, m in moments.items()
-               for field, value in m._asdict().items()}, temporary)
-    os.replace(temporary, path)
+    """Write named Moments to one safetensors file."""
+    files.write_arrays(path, {f"{name}.{field}": np.asarray(value) for name, m in moments.items()
+                              for field, value in m._asdict().items()})
 
 
 def load(path: Path) -> dict[str, Moments]:
-    """What ``save`` wrote."""
-    arrays = load_file(path)
+    """What ``save`` wrote; ValueError naming a file that is missing or damaged."""
+    arrays = files.read_arrays(path)
     names = sorted({key.rsplit(".", 1)[0] for key in arrays})
     return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}
 

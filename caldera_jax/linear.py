@@ -87,13 +87,14 @@ def _decode(grid, part, width):
     return dequantize(grid, unpack(jnp.asarray(part.codes), grid.code_bits, count), jnp.asarray(part.scale), width)
 
 
-def apply(weight: Array | np.ndarray | CompressedLinear, x: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
+def apply(weight: Array | np.ndarray | CompressedLinear,
+          x: Float[Array | np.ndarray, "*batch n"]) -> Float[Array, "*batch m"]:
     """x @ weightᵀ in the dtype of x, for a dense [m, n] array or a compressed weight.
 
     A compressed weight is never put together: x is rotated, multiplied by Q and, beside it, by R and L, and rotated
     back.  Raises ValueError where the last axis of x is not n.
     """
-    m, n = weight.shape
+    x, (m, n) = jnp.asarray(x), weight.shape
     if x.shape[-1] != n:
         raise ValueError(f"the weight is [{m}, {n}], so x needs a last axis of {n}; got shape {x.shape}")
     if not isinstance(weight, CompressedLinear):

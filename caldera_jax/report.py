@@ -35,26 +35,18 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write under a temporary name, then rename: the file is never half there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote; ValueError naming a file that is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}): remove it and start again") from error
-
-
 def provenance(config: Any, seed: int) -> dict[str, Any]:
     """What a record needs besides its results: config, config_hash, seed, versions, machine."""
-    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    installed = {name: _version(name) for name in PACKAGES}
     return {"config": plain(config), "config_hash": config_hash(config), "seed": seed,
             "versions": {"python": platform.python_version(), **installed}, "machine": machine()}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> dict[str, Any]:
@@ -74,16 +66,22 @@ def _processor() -> str:
 
 
 class Clock:
-    """Seconds and peak memory by stage, with the seconds that XLA compiled told apart."""
+    """Seconds and peak memory by stage, with the seconds of tracing and compiling told apart."""
 
-    def __init__(self):
-        self.stages: dict[str, dict[str, float]] = {}
+    def __init__(self, stages: dict[str, dict[str, float]] | None = None):
+        self.stages: dict[str, dict[str, float]] = dict(stages or {})  # of the process that this one goes on from
         self.compiled = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, seconds: float, **_: Any) -> None:
         if event.endswith(("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")):
             self.compiled += seconds
+
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds of a stage that was timed without ``stage``."""
+        total = self.stages.setdefault(name, {"seconds": 0.0, "compile_seconds": 0.0, "peak_memory_bytes": 0})
+        total["seconds"] += seconds
+        total["peak_memory_bytes"] = max(total["peak_memory_bytes"], peak_memory())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, float]]:
@@ -96,10 +94,8 @@ class Clock:
         finally:
             part["seconds"] = time.perf_counter() - start
             part["compile_seconds"] = min(self.compiled - compiled, part["seconds"])
-            total = self.stages.setdefault(name, {"seconds": 0.0, "compile_seconds": 0.0, "peak_memory_bytes": 0})
-            for field, value in part.items():
-                total[field] += value
-            total["peak_memory_bytes"] = max(total["peak_memory_bytes"], peak_memory())
+            self.add(name, part["seconds"])
+            self.stages[name]["compile_seconds"] += part["compile_seconds"]
 
     @property
     def seconds(self) -> dict[str, float]:

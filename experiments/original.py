@@ -15,7 +15,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from caldera_jax import CalderaConfig, calibration, compress_matrix, rate_distortion_bits, relative_error, report
+from caldera_jax import (
+    CalderaConfig,
+    calibration,
+    compress_matrix,
+    files,
+    rate_distortion_bits,
+    relative_error,
+    report,
+)
 from caldera_jax.hessian import regularise
 from caldera_jax.models import convert, data, llama
 
@@ -56,7 +64,7 @@ def measure(w, h, config: CalderaConfig) -> dict:
 
 
 def main(block: int = 14) -> None:
-    known = report.read_json(HERE / "original.json")["rows"]
+    known = files.read_json(HERE / "original.json")["rows"]
     original = {(row["layer"], row["downdate"]): row["error"] for row in known}
     rows = []
     for layer, w, h in layers(block):
@@ -67,7 +75,7 @@ def main(block: int = 14) -> None:
     ratios = {r["layer"]: r["plain"]["error"] / r["original"]["plain"] for r in rows if r["original"]["plain"]}
     result = {**report.provenance(CONFIGS, 0), "keys": KEYS, "rows": rows, "ratio_to_original": ratios,
               "mean_ratio": sum(ratios.values()) / max(len(ratios), 1)}
-    report.write_json(HERE / "results" / f"original_block{block}.json", result)
+    files.write_json(HERE / "results" / f"original_block{block}.json", result)
     print(table(result))
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from caldera_jax import CalderaConfig, report
+from caldera_jax import CalderaConfig, files
 from caldera_jax.cli import PRESETS
 from caldera_jax.compress import compress
 
@@ -35,11 +35,11 @@ def run(name: str) -> dict:
     """One run's report, from its JSON if it is there."""
     path = RESULTS / f"whole_model_{name}.json"
     if path.exists():
-        return report.read_json(path)
+        return files.read_json(path)
     activations = "compressed" if name.endswith("sequential") else "dense"
     config = dataclasses.replace(PRESETS["default"], model="smollm2-135m", caldera=RUNS[name], activations=activations)
     row = compress(config, WORK / name, moments=WORK / "moments")
-    report.write_json(path, row)
+    files.write_json(path, row)
     shutil.rmtree(WORK / name)  # half a gigabyte, most of it the dense embedding
     return row
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from caldera_jax import CalderaConfig, artifact, calibration, cli, evaluate, linear, report
+from caldera_jax import CalderaConfig, artifact, calibration, cli, evaluate, files, linear, report
 from caldera_jax import compress as compress_module
 from caldera_jax.compress import Run, RunConfig, Tokens, compress
 from caldera_jax.models import convert, data, llama
@@ -75,7 +75,7 @@ def test_the_report_says_what_it_promises(finished):
 def test_stored_bits_are_the_bytes_of_the_codes_scales_and_signs_on_disk(finished):
     out, row = finished
     by_hand = 8 * sum(value.nbytes for file in sorted(out.glob("block_*"))
-                      for name, value in artifact.read_arrays(file).items() if "." in name)
+                      for name, value in files.read_arrays(file).items() if "." in name)
     assert sum(r["bits"] for r in row["layers"]) == by_hand == 8 * row["stored_bytes"]
     weights = sum(np.prod(r["shape"]) for r in row["layers"])
     assert row["bits_per_weight"] == pytest.approx(by_hand / weights)
@@ -156,13 +156,12 @@ def test_killed_before_the_report_it_only_evaluates(finished, config, tmp_path, 
 
 
 def test_a_full_disk_keeps_finished_layers_and_says_so(finished, config, tmp_path, monkeypatch, capsys):
-    out, write, count = tmp_path / "out", artifact.save_file, []
+    out, write = tmp_path / "out", files.write
 
-    def full(arrays, path):
-        count.append(path)
-        if len(count) > 4:
+    def full(path, content):
+        if path.name == "blocks.0.gate.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(arrays, path)
+        write(path, content)
 
     text = config.calibration.text
     arguments = ["caldera", "compress", config.model, "--out", str(out), "--preset", "default", "--rank", "3",
@@ -172,13 +171,46 @@ def test_a_full_disk_keeps_finished_layers_and_says_so(finished, config, tmp_pat
                  "--evaluation-window", "32"]
     monkeypatch.setattr("sys.argv", arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "save_file", full)
+        patch.setattr(files, "write", full)
         with pytest.raises(SystemExit) as stop:
             cli.main()
     assert stop.value.code == 2 and "disk is full" in capsys.readouterr().err
     assert len(list((out / "unfinished").glob("blocks.*.safetensors"))) == 4
     cli.main()
     assert weight_files(out) == weight_files(finished[0])
+
+
+def test_a_damaged_layer_of_an_unfinished_run_is_made_again(finished, config, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            compress(config, out)
+    (out / "unfinished" / "blocks.0.k.safetensors").write_bytes(b"")
+    compress(config, out)
+    assert "blocks.0.k: kept, but not readable" in capsys.readouterr().out
+    assert weight_files(out) == weight_files(finished[0])
+
+
+def test_killed_before_anything_was_written_it_starts(finished, config, tmp_path):
+    out = tmp_path / "out"
+    (out / "unfinished").mkdir(parents=True)
+    (out / "unfinished" / "run.json.tmp").write_text("{")
+    compress(config, out)
+    assert weight_files(out) == weight_files(finished[0])
+
+
+def test_the_same_path_with_another_text_is_another_run(config, tmp_path, monkeypatch):
+    text = tiny.write_text(tmp_path / "text.txt")
+    tokens = Tokens(str(text), 4, 32)
+    config = dataclasses.replace(config, calibration=tokens, evaluation=dataclasses.replace(tokens, windows=3))
+    compress(config, tmp_path / "out", tmp_path / "moments")
+    text.write_text("Something else. " + text.read_text())
+    with pytest.raises(ValueError, match="another run .its calibration_sha256"):
+        compress(config, tmp_path / "out")
+    monkeypatch.setattr(calibration, "calibrate_block", None)
+    with pytest.raises(TypeError):  # the kept Moments are not those of this text
+        compress(config, tmp_path / "new", tmp_path / "moments")
 
 
 def test_another_run_or_a_foreign_directory_is_refused(finished, config, tmp_path):
@@ -244,7 +276,8 @@ def test_released_hessians_are_read_with_their_mean(source, config, tmp_path):
 
 
 def test_fewer_tokens_than_inputs_work_and_raised_damping_is_reported_by_layer(config, tmp_path, capsys):
-    few, undamped = dataclasses.replace(config.calibration, windows=1, window=8), dataclasses.replace(CALDERA, damping=0)
+    few = dataclasses.replace(config.calibration, windows=1, window=8)
+    undamped = dataclasses.replace(CALDERA, damping=0.0)
     row = compress(dataclasses.replace(config, calibration=few, caldera=undamped), tmp_path / "out")
     assert row["max_layer_error"] < 1
     raised = [r for r in row["layers"] if r["damping"] > 0]
@@ -302,16 +335,17 @@ def test_perplexity_of_single_tokens_is_refused(source):
 GRIDS = [CalderaConfig(rank=2, outer_iterations=1, inner_iterations=1, quantizer=name, q_bits=4, factor_quantizer=name,
                        factor_bits=8, rotation=rotation)
          for name, rotation in (("uniform", "orthogonal"), ("nf", "none"), ("dithered", "hadamard"))]
-GRIDS += [dataclasses.replace(CALDERA, rank=0), dataclasses.replace(CALDERA, q_bits=0)]
+GRIDS += [dataclasses.replace(CALDERA, factor_quantizer="e8p", factor_bits=16), dataclasses.replace(CALDERA, rank=0),
+          dataclasses.replace(CALDERA, q_bits=0)]
 
 
 @pytest.mark.parametrize("caldera", GRIDS, ids=str)
 def test_layers_come_back_from_disk_bit_for_bit(caldera, tmp_path):
     w = np.random.default_rng(0).standard_normal((10, 13)).astype(np.float32)
     layer, _ = linear.compress_matrix(jax.random.key(0), w, np.eye(13, dtype=np.float32), caldera)
-    artifact.write_arrays(tmp_path / "layer", artifact.layer_arrays(layer))
+    files.write_arrays(tmp_path / "layer", artifact.layer_arrays(layer))
     meta = json.loads(json.dumps(report.plain(artifact.layer_meta(layer))))
-    back = artifact.layer_from(artifact.read_arrays(tmp_path / "layer"), meta)
+    back = artifact.layer_from(files.read_arrays(tmp_path / "layer"), meta)
     assert (back.shape, back.grids, back.stored_bits) == (layer.shape, layer.grids, layer.stored_bits)
     np.testing.assert_array_equal(back.dense(), layer.dense())
 

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "caldera_jax"
-ORDER = ("report kernels lattice codebooks hadamard hessian objective incoherence ldlq regression packing lplr "
+ORDER = ("files report kernels lattice codebooks hadamard hessian objective incoherence ldlq regression packing lplr "
          "decompose linear models artifact calibration evaluate harness generate finetune allocate compress "
          "cli").split()
 
