@@ -26,7 +26,8 @@ RUNS: dict[str, CalderaConfig] = {
     "q2_k16": dataclasses.replace(DEFAULT, rank=16),
     "q3": dataclasses.replace(DEFAULT, rank=0, q_bits=3),
     "q4": dataclasses.replace(DEFAULT, rank=0, q_bits=4),
-    "q2_k32_downdate": dataclasses.replace(DEFAULT, downdate=True, refine_passes=10),
+    "q2_k32_downdate": dataclasses.replace(DEFAULT, downdate=True),
+    "q2_k32_downdate_10_passes": dataclasses.replace(DEFAULT, downdate=True, refine_passes=10),
     "q2_k32_sequential": DEFAULT,  # calibrated on the compressed blocks
 }
 
