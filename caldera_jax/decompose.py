@@ -59,7 +59,7 @@ class CalderaConfig:
         for name, least in (("rank", 0), ("refine_passes", 0), ("outer_iterations", 1), ("inner_iterations", 0),
                             ("damping", 0)):
             if not least <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be at least {least} and finite, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}; give a finite number")
         for name in ("quantizer", "factor_quantizer"):
             if not isinstance(getattr(self, name), str | Codebook):
                 raise ValueError(f"{name} must be the name of a family or a Codebook, got {getattr(self, name)!r}")
