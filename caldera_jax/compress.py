@@ -233,7 +233,7 @@ class Run:
         if known is None and (out / artifact.MANIFEST).exists():
             known = artifact.read_manifest(out)["run"]
         if known is None and out.exists() and not self._empty():
-            raise ValueError(f"{out} exists and holds something else: choose another --out, or remove it")
+            raise ValueError(f"{out} exists and holds something else: choose another --out")
         if known is not None and known != identity:
             raise ValueError(f"{out} belongs to another run ({_difference(known, identity)}): choose another --out, or "
                              "remove it to start over")
