@@ -4,12 +4,13 @@ E8P (QuIP#, arXiv 2402.04396) holds 2^16 points of R^8, ``s * a + shift``: magni
 half-odd integers, signs ``s`` such that the entries of ``s * a`` sum to an even number, and a shift of +1/4 or -1/4 in
 every entry.  A code is ``pattern << 8 | signs << 1 | shift``; ``signs`` holds entries 0..6 and parity gives entry 7.
 
-The search works on eight rows of N numbers ``[8, N]`` so that every operation runs along a long axis.
-``lax.optimization_barrier`` stands where XLA on the CPU would otherwise fuse a stage into each of its consumers and
-compute it again there.
+``search`` is elementwise over eight arrays, one for each entry of the vectors, without a table or a gather: XLA makes
+one loop of it, and a Pallas kernel can call it as it stands.  (Stacking the eight arrays, or permuting the rows of one
+array [8, N], breaks that loop up and is ten times slower on a CPU.)
 """
 
-from functools import cache, partial
+import math
+from functools import cache, reduce
 from itertools import combinations
 
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ TRIPLES = np.array([[int(c) for c in triple] for triple in (
     "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 "
     "045 067 057 047 056 046 014 237").split()])
 
-# An optimal sorting network for 8 inputs: 19 compare-exchanges in 6 layers.
-NETWORK = (((0, 2), (1, 3), (4, 6), (5, 7)), ((0, 4), (1, 5), (2, 6), (3, 7)), ((0, 1), (2, 3), (4, 5), (6, 7)),
-           ((2, 4), (3, 5)), ((1, 4), (3, 6)), ((1, 2), (3, 4), (5, 6)))
+# An optimal sorting network for 8 inputs: 19 compare-exchanges.
+NETWORK = ((0, 2), (1, 3), (4, 6), (5, 7), (0, 4), (1, 5), (2, 6), (3, 7), (0, 1), (2, 3), (4, 5), (6, 7),
+           (2, 4), (3, 5), (1, 4), (3, 6), (1, 2), (3, 4), (5, 6))
 
-FIRST_FIVE_HALVES = 163  # patterns before it hold only 1/2 and 3/2, at most four of the latter
+FIRST_FIVE_HALVES, FIRST_TRIPLE = 163, 227  # patterns before 163 hold only 1/2 and 3/2, at most four of the latter
 
 
 @cache
@@ -44,16 +45,6 @@ def e8p_patterns() -> np.ndarray:
 
 
 @cache
-def _pattern_of_mask() -> np.ndarray:
-    """Pattern index of each 8-bit mask of the entries that are 3/2 (0 where no such pattern exists)."""
-    table = np.zeros(256, np.int32)
-    for index, row in enumerate(e8p_patterns()):
-        if row.max() < 2:
-            table[int(((row == 1.5) << np.arange(8)).sum())] = index
-    return table
-
-
-@cache
 def e8p_codewords() -> np.ndarray:
     """All codewords in code order, float64 [65536, 8]."""
     code = np.arange(1 << 16)
@@ -64,112 +55,123 @@ def e8p_codewords() -> np.ndarray:
     return signs * magnitude + np.where(code & 1, -0.25, 0.25)[:, None]
 
 
-def _sort_descending(y):
-    for layer in NETWORK:
-        partner, keep = np.arange(8), np.zeros(8, bool)
-        for i, j in layer:
-            partner[i], partner[j], keep[i] = j, i, True
-        other, larger = y[partner], keep.reshape(8, *[1] * (y.ndim - 1))
-        y = lax.optimization_barrier(jnp.where(larger, jnp.maximum(y, other), jnp.minimum(y, other)))
-    return y
+def _lesser(a, b):
+    """Of two (number, label) the one with the lesser number; the first of equals."""
+    return jnp.minimum(a[0], b[0]), jnp.where(b[0] < a[0], b[1], a[1])
+
+
+def _greater(a, b):
+    return jnp.maximum(a[0], b[0]), jnp.where(b[0] > a[0], b[1], a[1])
+
+
+def _keys(v):
+    """|v| of each entry as an integer that orders like it; the three lowest bits give way to the entry's number."""
+    word = {4: jnp.int32, 8: jnp.int64}[v[0].dtype.itemsize]
+    others = word(np.iinfo(word).max - 7)  # neither the sign nor the three bits
+    return [lax.bitcast_convert_type(entry, word) & others | word(i) for i, entry in enumerate(v)]
+
+
+def _sort_descending(keys):
+    keys = list(keys)
+    for i, j in NETWORK:
+        keys[i], keys[j] = jnp.maximum(keys[i], keys[j]), jnp.minimum(keys[i], keys[j])
+    return keys
+
+
+def _bits(*entries):
+    return jnp.int32(sum(1 << i for i in entries))
 
 
 def _least_triple(y):
-    """The least sum of y over the 29 triples, which share pairs of {4..7} and are the triples of {0..3}."""
-    least, pair = partial(jnp.minimum), {p: y[p[0]] + y[p[1]] for p in combinations(range(4, 8), 2)}
-    without_45 = least(least(pair[6, 7], pair[5, 7]), least(least(pair[4, 7], pair[5, 6]), pair[4, 6]))
-    any_pair = least(without_45, pair[4, 5])
-    inner = y[0] + y[1] + y[2] + y[3] - jnp.maximum(jnp.maximum(y[0], y[1]), jnp.maximum(y[2], y[3]))
-    crossing = least(any_pair + least(y[0], least(y[2], y[3])), without_45 + y[1])
-    return least(least(inner, crossing), least(y[0] + y[1] + y[4], y[2] + y[3] + y[7]))
+    """The least sum of y over the 29 triples, and the triple's bits.
 
-
-def _shape_scores(v):
-    """Best ``2 v.c - |c|^2`` over the codewords of each of the 8 shapes, [8, ...], and whether v has odd many minuses.
-
-    With y = |v| sorted, the largest magnitudes go to the largest entries (rearrangement), and a wrong parity costs the
-    cheapest sign flip, that of the smallest entry, which always holds 1/2: where a triple pattern gives it 3/2,
-    turning that entry into 1/2 of the other sign is a better codeword.
+    The triples are those of {0..3}, 014, 237, and a pair of {4..7} with one of {0, 2, 3}, or, less the pair 45, with 1.
     """
-    y = lax.optimization_barrier(jnp.abs(v))
-    s = _sort_descending(y)
-    odd = lax.optimization_barrier(jnp.sum(v < 0, axis=0) % 2 == 1)
-    triple = lax.optimization_barrier(_least_triple(y))
+    triple = lambda *t: (y[t[0]] + y[t[1]] + y[t[2]], _bits(*t))
+    pair = lambda *p: (y[p[0]] + y[p[1]], _bits(*p))
+    with_one = lambda pair, one: (pair[0] + one[0], pair[1] | one[1])
+    without_45 = reduce(_lesser, [pair(6, 7), pair(5, 7), pair(4, 7), pair(5, 6), pair(4, 6)])
+    one = reduce(_lesser, [(y[i], _bits(i)) for i in (0, 2, 3)])
+    crossing = with_one(_lesser(without_45, pair(4, 5)), one), with_one(without_45, (y[1], _bits(1)))
+    others = [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2), (0, 1, 4), (2, 3, 7)]
+    return reduce(_lesser, [*crossing, *(triple(*t) for t in others)])
+
+
+def _best_shape(v):
+    """The greatest ``2 v.c - |c|^2`` over all s * a, and where: shape, parity of v, triple, largest four keys.
+
+    Shapes 0..4: that many 3/2; 5: one 5/2; 6: one 5/2 and one 3/2; 7: the triples.  With y = |v| sorted, the largest
+    magnitudes go to the largest entries (rearrangement), and a wrong parity costs the cheapest sign flip, that of the
+    smallest entry, which always holds 1/2: where a triple pattern gives it 3/2, turning that entry into 1/2 of the
+    other sign is a better codeword.
+    """
+    keys, y = _sort_descending(_keys(v)), [jnp.abs(entry) for entry in v]
+    s = [lax.bitcast_convert_type(key, y[0].dtype) for key in keys]  # sorted, up to 7 units in the last place
+    odd = reduce(jnp.logical_xor, [entry < 0 for entry in v])
+    total, (triple, members) = sum(y[1:], y[0]), _least_triple(y)
     even_sum, odd_sum = jnp.where(odd, 2 * s[7], 0), jnp.where(odd, 0, 2 * s[7])  # the penalties
-    halves = jnp.sum(y, axis=0) - 2
-    threes = [halves]
+    threes = [total - 2]
     for j in range(4):
-        threes.append(threes[-1] + 2 * s[j] - 2)
+        threes.append(threes[-1] + (2 * s[j] - 2))
+    five = total + 4 * s[0] - 8
     scores = [score - (odd_sum if j % 2 else even_sum) for j, score in enumerate(threes)]
-    scores += [halves + 4 * s[0] - 6 - even_sum, halves + 4 * s[0] + 2 * s[1] - 8 - odd_sum,
-               3 * jnp.sum(y, axis=0) - 2 * triple - 12 - odd_sum]
-    return jnp.stack(scores), odd
+    scores += [five - even_sum, five + 2 * s[1] - 2 - odd_sum, 3 * total - 2 * triple - 12 - odd_sum]
+    best, shape = reduce(_greater, [(score, jnp.int32(i)) for i, score in enumerate(scores)])
+    return best, (shape, odd, members, *keys[:4])
 
 
-def _first_equal(rows, value):
-    """Index of the first row that equals value."""
-    index = jnp.zeros(value.shape, jnp.int32)
-    for k in range(len(rows) - 1, -1, -1):
-        index = jnp.where(rows[k] == value, jnp.int32(k), index)
-    return index
+def search(v):
+    """The codeword nearest to each vector, from the eight arrays of its entries, as one int32: elementwise.
 
+    Eight bits each from the lowest: which entries are 3/2, which is 5/2, which are negative before the shift; then one
+    bit, 1 for the shift -1/4.  Exact up to rounding: magnitudes that differ by less than 8 units in the last place
+    count as equal.
+    """
+    quarter = jnp.asarray(0.25, v[0].dtype)
+    (up, up_where), (down, down_where) = _best_shape([x - quarter for x in v]), _best_shape([x + quarter for x in v])
+    shifted = down - up > sum(v[1:], v[0])
+    shape, odd, members, *largest = (jnp.where(shifted, b, a) for a, b in zip(up_where, down_where, strict=True))
+    v = [jnp.where(shifted, x + quarter, x - quarter) for x in v]
+    first, second, third, fourth = (1 << (key & 7).astype(jnp.int32) for key in largest)
 
-def _rank(y):
-    """How many entries stand before each one in descending order; ties in order of position."""
-    before = [sum((y[k] >= y[i] if k < i else y[k] > y[i]).astype(jnp.int32) for k in range(8) if k != i)
-              for i in range(8)]
-    return jnp.stack(before)
-
-
-def _nearest_e8p(x):
-    """Magnitudes [8, N], minus signs [8, N] and the shift's sign [1, N] of the codeword nearest to each column."""
-    scores, odd = _shape_scores(jnp.stack([x - 0.25, x + 0.25], axis=1))
-    scores, total = lax.optimization_barrier((scores, jnp.sum(x, axis=0)))
-    best = jnp.max(scores, axis=0)
-    down = best[1] - total / 2 > best[0] + total / 2  # shift -1/4 wins
-    scores = jnp.where(down, scores[:, 1], scores[:, 0])
-    shape = _first_equal(scores, jnp.max(scores, axis=0))
-    shape, down = lax.optimization_barrier((shape[None], down[None]))  # [1, N], beside [8, N]
-
-    v = jnp.where(down, x + 0.25, x - 0.25)
-    y, odd = lax.optimization_barrier((jnp.abs(v), jnp.where(down, odd[1:], odd[:1])))
-    rank = lax.optimization_barrier(_rank(y))
-    sums = lax.optimization_barrier(y[TRIPLES[:, 0]] + y[TRIPLES[:, 1]] + y[TRIPLES[:, 2]])
-    members = jnp.asarray((1 << TRIPLES).sum(1), jnp.int32)[_first_equal(sums, jnp.min(sums, axis=0))]
-    in_triple = (members[None] >> jnp.arange(8, dtype=jnp.int32)[:, None]) & 1
-
-    half, three, five = (jnp.asarray(a, x.dtype) for a in (0.5, 1.5, 2.5))
-    threes = jnp.where(shape < 5, shape, jnp.where(shape == 5, 1, 2))  # entries above 1/2
-    sorted_shapes = jnp.where(rank < threes, jnp.where((rank == 0) & (shape >= 5), five, three), half)
-    magnitude = jnp.where(shape == 7, jnp.where(in_triple == 1, half, three), sorted_shapes)
+    threes = jnp.where(shape == 7, 255 - members, jnp.where(shape == 6, second, 0))
+    for count, bit in enumerate((first, second, third, fourth), 1):
+        threes = jnp.where((shape >= count) & (shape < 5), threes | bit, threes)
+    fives = jnp.where((shape == 5) | (shape == 6), first, 0)
+    above_half = threes | fives
+    keys = _keys(v)
+    smallest = reduce(jnp.minimum, [jnp.where(above_half & _bits(i) == 0, key, jnp.iinfo(key.dtype).max)
+                                    for i, key in enumerate(keys)])
+    negative = sum(jnp.where(x < 0, _bits(i), 0) for i, x in enumerate(v))
     odd_sum = (shape == 1) | (shape == 3) | (shape >= 6)
-    flip = (odd != odd_sum) & _flipped_entry(shape, rank, in_triple, y)
-    return magnitude, (v < 0) != flip, down
+    negative = negative ^ jnp.where(odd != odd_sum, 1 << (smallest & 7).astype(jnp.int32), 0)
+    return threes | fives << 8 | negative << 16 | shifted.astype(jnp.int32) << 24
 
 
-def _flipped_entry(shape, rank, in_triple, y):
-    """The entry whose sign yields to parity: the smallest (ties with one outside a triple go to one inside it)."""
-    inside = jnp.where(in_triple == 1, y, jnp.inf)
-    least = jnp.min(inside, axis=0)
-    first = _first_equal(inside, least)[None]
-    return jnp.where(shape == 7, jnp.arange(8, dtype=jnp.int32)[:, None] == first, rank == 7)
+def code_of(found):
+    """The 16-bit codes (int32) of what ``search`` found: the pattern's number by counting, elementwise."""
+    threes, fives, negative, shifted = found & 255, found >> 8 & 255, found >> 16 & 255, found >> 24
+    count = rank = place = five = jnp.zeros_like(found)
+    for p in range(7, -1, -1):  # the lexicographic rank of a set, from its last member to its first
+        later_sets = int.from_bytes(bytes(math.comb(7 - p, j) for j in range(1, 5)), "little")
+        inside = threes >> p & 1
+        rank += inside * (jnp.int32(later_sets) >> 8 * jnp.minimum(count, 3) & 255)
+        count, place, five = count + inside, place + inside * p, five + (fives >> p & 1) * p
+    last = jnp.where(count == 2, 36, jnp.where(count == 3, 92, jnp.where(count == 4, 162, 8 * count)))
+    triples = [jnp.where(threes == 255 - _bits(*map(int, t)), FIRST_TRIPLE + i, 0) for i, t in enumerate(TRIPLES)]
+    pattern = jnp.where(count == 5, sum(triples), last - rank)
+    pattern = jnp.where(fives > 0, FIRST_FIVE_HALVES + 8 * five + jnp.where(count == 0, five, place), pattern)
+    return pattern << 8 | (negative & 127) << 1 | shifted
 
 
 def e8p_round(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch n"], UInt[Array, "*batch n_8"]]:
     """The nearest E8P codeword to each 8 consecutive entries, and its 16-bit code (uint16); n is a multiple of 8."""
-    magnitude, negative, down = _nearest_e8p(x.reshape(-1, 8).T)
-    shift = jnp.where(down, jnp.asarray(-0.25, x.dtype), jnp.asarray(0.25, x.dtype))
-    values = (jnp.where(negative, -magnitude, magnitude) + shift).T.reshape(x.shape)
-    place = jnp.arange(8, dtype=jnp.int32)[:, None]
-    is_three, is_five = magnitude == 1.5, magnitude == 2.5
-    mask = jnp.sum(jnp.where(is_three, 1 << place, 0), axis=0, dtype=jnp.int32)
-    five = jnp.sum(jnp.where(is_five, place, 0), axis=0, dtype=jnp.int32)
-    three = jnp.where(mask == 0, five, jnp.sum(jnp.where(is_three, place, 0), axis=0, dtype=jnp.int32))
-    pattern = jnp.where(jnp.any(is_five, axis=0), FIRST_FIVE_HALVES + 8 * five + three,
-                        jnp.asarray(_pattern_of_mask())[mask])
-    signs = jnp.sum(jnp.where(negative[:7], 1 << place[:7], 0), axis=0, dtype=jnp.int32)
-    code = pattern << 8 | signs << 1 | down[0].astype(jnp.int32)
-    return values, code.astype(jnp.uint16).reshape(*x.shape[:-1], x.shape[-1] // 8)
+    wide = (x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)).reshape(-1, 8)
+    found = lax.optimization_barrier(search([wide[:, i] for i in range(8)]))  # searched once for values and codes
+    bit = lambda first: (found[:, None] >> (first + jnp.arange(8, dtype=jnp.int32)[None]) & 1).astype(x.dtype)
+    shift = jnp.where(found[:, None] >> 24 == 1, jnp.asarray(-0.25, x.dtype), jnp.asarray(0.25, x.dtype))
+    values = (1 - 2 * bit(16)) * (0.5 + bit(0) + 2 * bit(8)) + shift
+    return values.reshape(x.shape), code_of(found).astype(jnp.uint16).reshape(*x.shape[:-1], x.shape[-1] // 8)
 
 
 def e8p_decode(codes: UInt[Array, "*batch c"], dtype=jnp.float32) -> Float[Array, "*batch n"]:
