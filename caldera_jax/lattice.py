@@ -13,9 +13,11 @@ import math
 from functools import cache, reduce
 from itertools import combinations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float, UInt
 
 # Positions of the three entries 1/2 in the 29 published patterns of norm^2 12; the other five entries are 3/2.
@@ -164,10 +166,17 @@ def code_of(found):
     return pattern << 8 | (negative & 127) << 1 | shifted
 
 
+@jax.jit
+def _search_rows(x):
+    return search([x[:, i] for i in range(8)])
+
+
 def e8p_round(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch n"], UInt[Array, "*batch n_8"]]:
     """The nearest E8P codeword to each 8 consecutive entries, and its 16-bit code (uint16); n is a multiple of 8."""
     wide = (x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)).reshape(-1, 8)
-    found = lax.optimization_barrier(search([wide[:, i] for i in range(8)]))  # searched once for values and codes
+    # Left a call: XLA would merge the search into each of its uses (eight columns of values, the codes) and repeat it
+    # there, five to ten times slower and longer to compile on a CPU.  (An optimization barrier goes before fusion.)
+    found = set_xla_metadata(_search_rows(wide), inlineable="false")
     bit = lambda first: (found[:, None] >> (first + jnp.arange(8, dtype=jnp.int32)[None]) & 1).astype(x.dtype)
     shift = jnp.where(found[:, None] >> 24 == 1, jnp.asarray(-0.25, x.dtype), jnp.asarray(0.25, x.dtype))
     values = (1 - 2 * bit(16)) * (0.5 + bit(0) + 2 * bit(8)) + shift
