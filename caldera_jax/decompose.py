@@ -15,7 +15,6 @@ from caldera_jax.hessian import HessianFactors
 from caldera_jax.ldlq import ldlq
 from caldera_jax.lplr import LowRank, better, empty, lplr_factorize
 from caldera_jax.objective import ratio
-from caldera_jax.regression import SVDS
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class CalderaConfig:
 
     def __post_init__(self):
         _one_of("order", self.order, ("lr-first", "q-first"))
-        _one_of("svd", self.svd, tuple(SVDS))
+        _one_of("svd", self.svd, ("exact", "randomized"))
         _one_of("rotation", self.rotation, ("hadamard", "orthogonal", "none"))
         _one_of("q_metric", self.q_metric, ("data", "plain"))
         _one_of("lr_metric", self.lr_metric, ("data", "plain"))
@@ -133,13 +132,13 @@ def quantize_step(key: Key[Array, ""], target: Float[Array, "m n"], low_rank: Lo
     return ldlq(target, config.q_grid, factors, config.refine_passes, key)
 
 
-def factorize_step(key: Key[Array, ""], target: Float[Array, "m n"], factors: HessianFactors,
-                   config: CalderaConfig) -> LowRank:
-    """(L, R) ← LPLRFactorize(W − Q)."""
+def factorize_step(key: Key[Array, ""], target: Float[Array, "m n"], target_h: Float[Array, "m n"],
+                   low_rank: LowRank | None, factors: HessianFactors, config: CalderaConfig) -> LowRank:
+    """(L, R) ← LPLRFactorize(W − Q), given (W − Q) H and the L R of the round before (zero or None at first)."""
     if config.lr_metric == "plain":
-        factors = hessian.identity(target.shape[1], 1, target.dtype)
-    return lplr_factorize(key, target, factors, config.rank, *config.factor_grids, config.inner_iterations,
-                          SVDS[config.svd])
+        factors, target_h = hessian.identity(target.shape[1], 1, target.dtype), target
+    return lplr_factorize(key, target, factors, config.rank, *config.factor_grids, config.inner_iterations, config.svd,
+                          target_h, low_rank)
 
 
 def downdated(factors: HessianFactors, low_rank: LowRank, block: int) -> HessianFactors:
@@ -181,8 +180,9 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
         return q, q.values @ factors.h, low_rank
 
     def lr_half(key, state):
-        q, q_h, _ = state
-        return q, q_h, factorize_step(key, w if q is None else w - q.values, factors, config)
+        q, q_h, low_rank = state
+        target, target_h = (w, w_h) if q is None else (w - q.values, w_h - q_h)
+        return q, q_h, factorize_step(key, target, target_h, low_rank, factors, config)
 
     start = (None, None, None)  # Q, Q H, (L, R); zero at first, or None for good
     if config.rank:

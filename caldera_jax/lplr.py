@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Key
 
 from caldera_jax.codebooks import Codebook, Quantized, quantize
 from caldera_jax.hessian import HessianFactors
-from caldera_jax.regression import LeftVectors, exact_svd, rank_constrained
+from caldera_jax.regression import rank_constrained, rank_constrained_iteratively
 
 
 class LowRank(NamedTuple):
@@ -41,19 +41,23 @@ def _solve(gram, rhs):
 
 
 def lplr_factorize(key: Key[Array, ""], a: Float[Array, "m n"], factors: HessianFactors, rank: int,
-                   left_grid: Codebook, right_grid: Codebook, iterations: int = 10,
-                   left_vectors: LeftVectors = exact_svd) -> LowRank:
+                   left_grid: Codebook, right_grid: Codebook, iterations: int = 10, svd: str = "exact",
+                   a_h: Float[Array, "m n"] | None = None, guess: LowRank | None = None) -> LowRank:
     """Quantized L [m, k], R [k, n] with small tr((LR − A) H (LR − A)ᵀ), H = h + damping I.
 
     From the closed form of Lemma 4.2, alternates R ← quantize(L⁺ A) and L ← quantize(A H Rᵀ (R H Rᵀ)⁻¹): once for the
     start and ``iterations`` times more.  Keeps the best pair of all half steps, scored through Gram matrices of size k.
+    ``svd``: "exact", or "randomized" for subspace iteration, which starts from ``guess``.  ``a_h``: A h, if known.
     O(m n min(m, n)) once for the exact SVD and O(k n (m + n)) an iteration.  Not monotone: rounding can undo what a
     least-squares step gains.
     """
-    a_h = a @ factors.h + factors.damping * a
+    a_h = (a @ factors.h if a_h is None else a_h) + factors.damping * a
     energy = jnp.sum(a_h * a)
     svd_key, key = jax.random.split(key)
-    start = rank_constrained(svd_key, a, factors.root, rank, left_vectors)
+    if svd == "exact":
+        start = rank_constrained(a, factors.root, rank)
+    else:
+        start = rank_constrained_iteratively(svd_key, a, a_h, rank, None if guess is None else guess.left_t.values.T)
 
     def fit_right(key, left_t):
         return quantize(right_grid, _solve(left_t @ left_t.T, left_t @ a), key)

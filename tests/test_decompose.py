@@ -188,7 +188,7 @@ def test_a_half_step_of_your_own_plugs_in():
     def to_nearest(key, target, low_rank, factors, config):  # Q without feedback
         return quantize(config.q_grid, target)
 
-    def no_alternation(key, target, factors, config):  # L R as in plain SVD, then rounded
+    def no_alternation(key, target, target_h, low_rank, factors, config):  # L R as in plain SVD, then rounded
         u, s, v = jnp.linalg.svd(target, full_matrices=False)
         k, (left, right) = config.rank, config.factor_grids
         return LowRank(quantize(left, u[:, :k].T), quantize(right, s[:k, None] * v[:k]))

@@ -13,7 +13,7 @@ from caldera_jax.codebooks import by_bits, dequantize, quantize
 from caldera_jax.lplr import better, lplr_factorize
 from caldera_jax.regression import rank_constrained
 
-LPLR = jax.jit(lplr_factorize, static_argnums=(3, 4, 5, 6))
+LPLR = jax.jit(lplr_factorize, static_argnums=(3, 4, 5, 6, 7))
 FACTOR = jax.jit(hessian.factor, static_argnums=(1, 2))
 KEY = jax.random.key(0)
 M, N, RANK = 10, 13, 3
@@ -50,7 +50,7 @@ def test_alternating_is_better_than_rounding_the_closed_form_on_average():
     grid, gains = cj.Uniform(3), []
     for seed in range(12):
         a, f, damped = _problem(seed)
-        start = rank_constrained(KEY, jnp.asarray(a), f.root, RANK)
+        start = rank_constrained(jnp.asarray(a), f.root, RANK)
         rounded = quantize(grid, start.left.T).values.T @ quantize(grid, start.right).values
         found = LPLR(KEY, jnp.asarray(a), f, RANK, grid, grid, 4)
         gains.append(oracles.loss(np.asarray(rounded) - a, damped) / _loss(found, a, damped))
