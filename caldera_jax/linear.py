@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from caldera_jax import hessian, incoherence
@@ -130,7 +133,8 @@ def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Ar
     """Compress one W [m, n] for inputs of second moment h [n, n]: normalise, rotate, factor, ``caldera``, pack.
 
     ``h`` is symmetric positive semidefinite, in any units, not rotated.  One compilation per shape, dtype and config.
-    Returns the layer and its Trace, whose errors are against h itself.
+    Returns the layer and its Trace, whose errors are against h itself.  Rows of w that are spread over devices
+    (``shard_rows``) stay so.
     Raises ValueError (naming ``name``) for shapes that do not fit, rank > min(m, n), NaN or infinities in w or h, or an
     h that no damping makes positive definite.
     """
@@ -143,19 +147,40 @@ def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Ar
         if not bool(jnp.all(jnp.isfinite(array))):
             raise ValueError(f"{name}: the {what} holds NaN or infinite values: check the file or the calibration text")
     dtype = w.dtype if w.dtype in (jnp.float32, jnp.float64) else jnp.dtype(jnp.float32)
-    compressed, trace = _compress(key, w.astype(dtype), h.astype(dtype), config)
+    w, h, rows = w.astype(dtype), h.astype(dtype), None
+    if isinstance(w.sharding, NamedSharding) and not w.sharding.is_fully_replicated:
+        w, h = shard_rows(w, h, list(w.sharding.mesh.devices.flat))  # by rows, on a mesh whose axes are not explicit
+        rows = w.sharding
+    compressed, trace = _compress(key, w, h, config, rows)
     if not bool(trace.finite):
         raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite, or "
                          "the iteration overflowed: check that h is symmetric positive semidefinite")
     return compressed, trace
 
 
-@partial(jax.jit, static_argnums=3)
+def shard_rows(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "n n"],
+               devices: Sequence[jax.Device] | None = None) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
+    """w with its rows spread over the devices and h on each of them, for ``compress_matrix`` to work on in parallel.
+
+    Rows of W are independent given H: block LDLQ then needs no communication but one scale, and L R sums of [k, n] and
+    [k, m] an iteration.  What depends on H alone is done on every device, and so is the exact SVD, for which every
+    device holds all of A H^½ (svd="randomized" has no such part).  Uses as many of the devices (default: all) as divide
+    m.  Sums in another order round otherwise: the error agrees within 0.5 %, not the bytes.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = max(d for d in range(1, len(devices) + 1) if w.shape[0] % d == 0)
+    mesh = Mesh(np.array(devices[:count]), ("rows",))
+    return jax.device_put(w, NamedSharding(mesh, P("rows", None))), jax.device_put(h, NamedSharding(mesh, P()))
+
+
+@partial(jax.jit, static_argnums=(3, 4))
 @jax.default_matmul_precision("highest")
-def _compress(key, w, h, config):
+def _compress(key, w, h, config, rows=None):
     rotate_key, key = jax.random.split(key)
     peak = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
     scale = peak * jnp.maximum(jnp.sqrt(jnp.mean((w / peak) ** 2)), 1e-6)  # no square leaves the range of the dtype
     rotated, h, rotation = incoherence.rotate(rotate_key, w / scale, h, config.rotation)
+    if rows is not None:  # the rotation of the outputs mixes rows: spread them again
+        rotated = lax.with_sharding_constraint(rotated, rows)
     decomposition, trace = caldera(key, rotated, hessian.factor(h, config.damping, config.block), config)
     return pack(decomposition, rotation, config, scale), trace

@@ -1,8 +1,11 @@
 """Compressed layers: what is stored, what it decodes to, how it is applied, and what compress_matrix promises."""
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -227,3 +230,39 @@ def test_errors_of_compress_matrix_name_the_layer_and_the_remedy(w, h, config, s
         assert w.shape[1] != len(h) and "Type-check error" in str(error)
     else:
         pytest.fail("no error")
+
+
+SPREAD = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax, jax.numpy as jnp, numpy as np
+import caldera_jax as cj
+from caldera_jax import linear
+sys.path.insert(0, sys.argv[1])
+import matrices
+
+jax.config.update("jax_enable_x64", True)
+key, (m, n) = jax.random.key(0), (52, 40)  # 52 rows: on four devices
+config = cj.CalderaConfig(rank=4, factor_bits=8, outer_iterations=2, inner_iterations=2, svd="randomized")
+w, h = matrices.decaying(m, n), matrices.hessian("power", n)
+one, one_trace = cj.compress_matrix(key, w, h, config)
+spread = linear.shard_rows(w, h)
+assert len(spread[0].sharding.device_set) == 4 and spread[0].sharding.shard_shape((m, n)) == (13, n)
+explicit = jax.device_put(w, jax.NamedSharding(jax.make_mesh((4,), ("x",)), jax.P("x", None)))  # as a user has it
+for pair in (spread, (explicit, h)):
+    many, trace = cj.compress_matrix(key, *pair, config)
+    np.testing.assert_allclose(trace.error, one_trace.error, rtol=1e-6)
+    np.testing.assert_array_equal(many.q.codes, one.q.codes)  # in float64, without ties
+    np.testing.assert_allclose(many.dense(), one.dense(), rtol=1e-9, atol=1e-12)
+program = linear._compress.lower(key, *spread, config, spread[0].sharding).compile().as_text()
+assert f"f64[{m // 4},{n}]" in program and f"f64[{m},{n}]" not in program  # no device ever holds all rows
+w, h = (a.astype(np.float32) for a in (w, h))
+errors = [float(cj.compress_matrix(key, *pair, config)[1].error.min()) for pair in ((w, h), linear.shard_rows(w, h))]
+assert abs(errors[0] / errors[1] - 1) < 5e-3, errors
+"""
+
+
+def test_rows_over_eight_devices_are_one_device():
+    """The design's sense of equal: in float64 the same codes; in float32 the error within 0.5 %."""
+    done = subprocess.run([sys.executable, "-c", SPREAD, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
