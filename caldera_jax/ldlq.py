@@ -37,20 +37,29 @@ def block_ldlq(w: Float[Array, "m n"], lower: Float[Array, "n n"], quantize: Qua
 
 
 def sweep(w: Float[Array, "m n"], q: Float[Array, "m n"], feedback: Float[Array, "n n"], quantize: Quantizer,
-          block: int, slab: int) -> tuple[Float[Array, "m n"], UInt[Array, "m codes"]]:
+          block: int, slab: int, triangular: bool = False) -> tuple[Float[Array, "m n"], UInt[Array, "m codes"]]:
     """One pass over the columns, last to first: Q_j ← quantize(W_j + (W − Q) feedback_j), in two levels.
 
-    All columns enter a slab's feedback by one large product; inside the slab only the slab's own changes follow.
-    From q = w with ``feedback = lower`` this is ``block_ldlq``; from a rounded q with ``feedback`` of
-    ``descent_feedback`` it is a pass of coordinate descent.  ``slab`` is a multiple of ``block`` and divides n.
+    All columns enter a slab's feedback by large products; inside the slab only the slab's own changes follow.
+    From q = w with ``feedback = lower`` and ``triangular`` this is ``block_ldlq``, half the work of the full square;
+    from a rounded q with ``feedback`` of ``descent_feedback`` it is a pass of coordinate descent.  ``slab`` is a
+    multiple of ``block`` and divides n.
     """
     m, n = w.shape
+    chunk = _chunk(n, slab)
 
-    def outer(q, first):
+    def outer(state, first):
+        q, e = state  # e = w − q, kept beside q: to subtract whole matrices for every slab would cost as much again
         old = lax.dynamic_slice_in_dim(q, first, slab, axis=1)
         aside = lax.dynamic_slice_in_dim(feedback, first, slab, axis=1)
         inside = lax.dynamic_slice_in_dim(aside, first, slab, axis=0)
-        target = lax.dynamic_slice_in_dim(w, first, slab, axis=1) + (w - q) @ aside
+        w_slab = lax.dynamic_slice_in_dim(w, first, slab, axis=1)
+
+        def add(i, target):
+            part = lambda a, axis: lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=axis)
+            return target + part(e, 1) @ part(aside, 0)
+
+        target = lax.fori_loop(first // chunk if triangular else 0, n // chunk, add, w_slab)
 
         def inner(new, start):
             change = (old - new) @ lax.dynamic_slice_in_dim(inside, start, block, axis=1)
@@ -58,10 +67,16 @@ def sweep(w: Float[Array, "m n"], q: Float[Array, "m n"], feedback: Float[Array,
             return lax.dynamic_update_slice_in_dim(new, values, start, axis=1), codes
 
         new, codes = lax.scan(inner, old, jnp.arange(slab - block, -1, -block))
-        return lax.dynamic_update_slice_in_dim(q, new, first, axis=1), codes[::-1]
+        put = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, first, axis=1)
+        return (put(q, new), put(e, w_slab - new)), codes[::-1]
 
-    q, codes = lax.scan(outer, q, jnp.arange(n - slab, -1, -slab))
+    (q, _), codes = lax.scan(outer, (q, w - q), jnp.arange(n - slab, -1, -slab))
     return q, jnp.moveaxis(codes[::-1].reshape(n // block, m, -1), 0, 1).reshape(m, -1)
+
+
+def _chunk(n, slab):
+    """Columns of a large product: whole slabs, about 1024, dividing n."""
+    return max(width for width in range(slab, n + 1, slab) if n % width == 0 and (width <= 1024 or width == slab))
 
 
 def descent_feedback(h: Float[Array, "n n"], block: int) -> Float[Array, "n n"]:
@@ -103,7 +118,7 @@ def ldlq(w: Float[Array, "m n"], codebook: Codebook, factors: HessianFactors, re
 
     w = pad_columns(w, width)
     lower = _pad_square(factors.lower, width)
-    q, codes = sweep(w, w, lower, quantize, block, slab)
+    q, codes = sweep(w, w, lower, quantize, block, slab, triangular=True)
     if refine_passes:
         h = factors.h + factors.damping * jnp.eye(n, dtype=w.dtype)
         feedback = descent_feedback(_pad_square(h, width, 1.0), block)

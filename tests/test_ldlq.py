@@ -36,7 +36,7 @@ def _jax_slab_grid(target, start):
 
 BLOCK_LDLQ = jax.jit(block_ldlq, static_argnums=(2, 3))
 QUANTIZE = jax.jit(quantize, static_argnums=0)
-SWEEP = jax.jit(sweep, static_argnums=(3, 4, 5))
+SWEEP = jax.jit(sweep, static_argnums=(3, 4, 5, 6))
 
 
 def _problem(m, n, kind="geometric", seed=0, dtype=np.float64):
@@ -60,8 +60,20 @@ def test_a_sweep_in_slabs_is_block_ldlq(block, slab):
     w, h = _problem(5, 24, seed=1)
     lower = jnp.asarray(oracles.block_ldl(h + 0.01 * np.eye(24), block)[0])
     wanted, _ = BLOCK_LDLQ(jnp.asarray(w), lower, _jax_slab_grid, block)
-    found, _ = SWEEP(jnp.asarray(w), jnp.asarray(w), lower, _jax_slab_grid, block, slab)
-    np.testing.assert_allclose(found, wanted, atol=1e-12)
+    for triangular in (False, True):
+        found, _ = SWEEP(jnp.asarray(w), jnp.asarray(w), lower, _jax_slab_grid, block, slab, triangular)
+        np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
+def test_a_sweep_in_several_large_products_is_block_ldlq():
+    """2304 columns are three products of 768; each slab needs those to its right."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(3, 2304)))
+    lower = jnp.asarray(np.tril(rng.normal(size=(2304, 2304)) / 2304, -1) + np.eye(2304))
+    lower = jnp.where(jnp.arange(2304)[:, None] // 8 == jnp.arange(2304)[None] // 8, jnp.eye(2304), lower)
+    wanted, _ = BLOCK_LDLQ(w, lower, _jax_slab_grid, 8)
+    for triangular in (False, True):
+        np.testing.assert_allclose(SWEEP(w, w, lower, _jax_slab_grid, 8, 96, triangular)[0], wanted, atol=1e-12)
 
 
 def test_codes_come_back_in_the_order_of_the_columns():
