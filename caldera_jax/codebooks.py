@@ -17,6 +17,7 @@ from jaxtyping import Float, Key, UInt
 from scipy import stats
 
 from caldera_jax import lattice
+from caldera_jax.kernels import e8p
 
 
 @runtime_checkable
@@ -78,7 +79,7 @@ class E8P(_Values):
         return lattice.e8p_decode(codes, dtype)
 
     def round(self, x, key=None):
-        return lattice.e8p_round(x)
+        return e8p.encode(x)
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ class ResidualE8P(_Values):
         return first + second / self.residual_scale
 
     def round(self, x, key=None):
-        first, high = lattice.e8p_round(x)
+        first, high = e8p.encode(x)
         residual = self.residual_scale * (x - first)
         if self.bits == 4:
-            second, low = lattice.e8p_round(residual)
+            second, low = e8p.encode(residual)
         else:
             low = lattice.e8_encode(residual)
             second = lattice.e8_decode(low, x.dtype)

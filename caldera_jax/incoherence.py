@@ -19,6 +19,7 @@ from jax import random
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from caldera_jax import hadamard
+from caldera_jax.kernels.hadamard import transform
 
 KINDS = ("hadamard", "orthogonal", "none")
 
@@ -58,7 +59,7 @@ def forward(side: Side, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]
     _check_size(side, x)
     if isinstance(side, tuple):
         return hadamard.kronecker(side, x)
-    return hadamard.transform(_scale(side, x))
+    return transform(_scale(side, x))
 
 
 def backward(side: Side, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
@@ -71,7 +72,7 @@ def backward(side: Side, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"
     _check_size(side, x)
     if isinstance(side, tuple):
         return hadamard.kronecker([factor.T for factor in side], x)
-    return _scale(side, hadamard.inverse(x))
+    return _scale(side, transform(x, inverse=True))
 
 
 def rotate(

@@ -119,7 +119,7 @@ def _best_shape(v):
     scores = [score - (odd_sum if j % 2 else even_sum) for j, score in enumerate(threes)]
     scores += [five - even_sum, five + 2 * s[1] - 2 - odd_sum, 3 * total - 2 * triple - 12 - odd_sum]
     best, shape = reduce(_greater, [(score, jnp.int32(i)) for i, score in enumerate(scores)])
-    return best, (shape, odd, members, *keys[:4])
+    return best, (shape, odd.astype(jnp.int32), members, *keys[:4])  # Mosaic does not select between booleans
 
 
 def search(v):
@@ -146,7 +146,7 @@ def search(v):
                                     for i, key in enumerate(keys)])
     negative = sum(jnp.where(x < 0, _bits(i), 0) for i, x in enumerate(v))
     odd_sum = (shape == 1) | (shape == 3) | (shape >= 6)
-    negative = negative ^ jnp.where(odd != odd_sum, 1 << (smallest & 7).astype(jnp.int32), 0)
+    negative = negative ^ jnp.where((odd == 1) ^ odd_sum, 1 << (smallest & 7).astype(jnp.int32), 0)
     return threes | fives << 8 | negative << 16 | shifted.astype(jnp.int32) << 24
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from caldera_jax import hessian, incoherence
-from caldera_jax.codebooks import Codebook, Quantized, dequantize
+from caldera_jax import hessian, incoherence, kernels
+from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, dequantize
 from caldera_jax.decompose import CalderaConfig, Decomposition, Trace, caldera
 from caldera_jax.incoherence import Rotation
+from caldera_jax.kernels.matmul import Coded, multiply
 from caldera_jax.packing import pack as pack_codes
 from caldera_jax.packing import pack_signs, unpack, unpack_signs
 
-
-class Packed(NamedTuple):
-    """A quantized matrix as it is stored: rows of packed codes, and scales."""
-
-    codes: Array  # uint8 [rows, bytes]
-    scale: Array  # [1, 1] or [rows, groups]
+Packed = Coded  # a quantized matrix as it is stored: rows of packed codes, and scales
 
 
 @no_type_check
@@ -95,20 +91,30 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     """x @ weightᵀ in the dtype of x, for a dense [m, n] array or a compressed weight.
 
     A compressed weight is never put together: x is rotated, multiplied by Q and, beside it, by R and L, and rotated
-    back.  Raises ValueError where the last axis of x is not n.
+    back; lattice codes are decoded a few rows at a time (``kernels.matmul``).  Raises ValueError where the last axis of
+    x is not n.
     """
     x, (m, n) = jnp.asarray(x), weight.shape
     if x.shape[-1] != n:
         raise ValueError(f"the weight is [{m}, {n}], so x needs a last axis of {n}; got shape {x.shape}")
-    if not isinstance(weight, CompressedLinear):
-        return x @ jnp.asarray(weight).astype(x.dtype).T
-    sides = weight.sides(x.dtype)
-    x = incoherence.forward(sides.right, x)
-    q, left, right = (None if part is None else part.astype(x.dtype) for part in weight.rotated())
-    y = 0 if q is None else x @ q.T
-    if left is not None:
-        y = y + (x @ right.T) @ left.T
-    return incoherence.backward(sides.left, y)
+    rows = x.reshape(-1, n)
+    if not isinstance(weight, CompressedLinear):  # not x Wᵀ: for few rows of x XLA on a CPU transposes W first
+        return (jnp.asarray(weight).astype(x.dtype) @ rows.T).T.reshape(*x.shape[:-1], m)
+    sides, stages = weight.sides(x.dtype), tuple(_stages(grid) for grid in weight.grids)
+    parts = (weight.q, weight.left_t, weight.right)
+    parts = tuple(part if stage else _decode(grid, part, width) for part, stage, grid, width in
+                  zip(parts, stages, weight.grids, (n, m, n), strict=True))
+    y = multiply(incoherence.forward(sides.right, rows), parts, stages, m)
+    return incoherence.backward(sides.left, y).reshape(*x.shape[:-1], m)
+
+
+def _stages(grid: Codebook | None) -> tuple[float, ...] | None:
+    """The weights of the E8P codewords that a code is the sum of, as ``kernels.matmul`` decodes them; None: another."""
+    if isinstance(grid, E8P) and grid.group is None:
+        return (1.0,)
+    if isinstance(grid, ResidualE8P) and grid.bits == 4 and grid.group is None:
+        return (1.0, 1 / grid.residual_scale)
+    return None
 
 
 def pack(decomposition: Decomposition, rotation: Rotation, config: CalderaConfig, scale: Float[Array, ""]
@@ -176,6 +182,11 @@ def shard_rows(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray,
 @partial(jax.jit, static_argnums=(3, 4))
 @jax.default_matmul_precision("highest")
 def _compress(key, w, h, config, rows=None):
+    with kernels.use("jax" if rows is not None else kernels.mode()):  # kernels are closed to automatic sharding
+        return _pipeline(key, w, h, config, rows)
+
+
+def _pipeline(key, w, h, config, rows):
     rotate_key, key = jax.random.split(key)
     peak = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
     scale = peak * jnp.maximum(jnp.sqrt(jnp.mean((w / peak) ** 2)), 1e-6)  # no square leaves the range of the dtype

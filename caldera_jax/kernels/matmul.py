@@ -1,0 +1,341 @@
+"""y = x Qᵀ + (x Rᵀ) Lᵀ straight from the packed codes: decoded on chip, the dense matrix never in main memory.
+
+Rows of packed codes are read as int32 words: a word is one residual E8P code (4 bits, P = 8 weights) or two E8P codes
+(2 bits, P = 16).  Decoding a tile of words gives P arrays, one for each place in a word.  Instead of interleaving them,
+x comes apart into P arrays of every P-th column, and the product is sum over p of x_p V_pᵀ.  L is packed along its
+outputs, so its words give the outputs 8 c + i as eight arrays; Q follows: for each i its rows 8 c + i (a strided load),
+and y leaves as [8, b, m / 8].  One kernel runs twice: t = x Rᵀ first, then x Qᵀ + t Lᵀ in one pass over Q and L.
+
+Tiles, with s bytes an entry of x:
+
+* TPU: 8 C rows by 128 words, C = 128 (less for a small matrix); min(b, 256) rows of x; grid (b tiles, row tiles, steps
+  over words), y on chip over the last.  Vector memory, double-buffered, b the rows of a tile:
+  2 (8 C 128 4 + P b 128 s + k C 4 + k b s + 8 b C 4) bytes; at m = n = 4096, k = 64, 2 bits and bfloat16
+  1.1 MB for b = 1 (1.4 MB as its short axes are padded) and 5.4 MB for b = 256, and a few 64 KiB to decode.
+* CUDA (Triton): C <= 16 rows 8 c + i by 64 words (32 if b > 1), the words in a loop; 1 row of x, or 16 to 64; grid
+  (b tiles, 8 x row tiles).  At 4096 x 4096 for b = 1 all is in registers (16 x 64 words and their sums, 8 KiB, over 128
+  threads); for b > 1 the x of a step is in shared memory, P b 32 s bytes: 64 KiB at b = 64 in half precision.
+
+Main memory: 1/4 byte a weight at 2 bits, 1/2 at 4 bits, once for every b tile, and k (m + n) / 2 bytes for 4-bit
+factors in all, against 2 bytes a weight for a dense half-precision matrix.  Turning bytes into words inside the program
+reads and writes them once more (three times the bytes): pass what ``words`` made once to spare it.  On a GPU, sizes
+that the tiles do not divide (m by 128, n by 256 at 2 bits) are padded, which costs as much.
+
+Cost: about 6 operations a weight to decode at 2 bits and 12 at 4, lookups included, for every b tile and beside the 2 b
+flops of the product.  By ``experiments/roofline.py`` (computed, not measured) decoding binds, not memory: for b = 1 the
+speed bound is 2.2 (A100) and 1.8 (TPU v5e) times the dense float16 one at 2 bits, 1.2 and 0.9 times at 4; for b = 512
+there is nothing to gain, and at 4 bits on a GPU decoding once into a dense matrix is twice as fast.
+
+Nothing here was run on an accelerator; see the status in ``kernels``.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.xla_metadata import set_xla_metadata
+from jaxtyping import Float, Int32, UInt
+
+from caldera_jax.kernels import compiler_params, dispatch, precision
+from caldera_jax.kernels.e8p import LANES, codeword_words, entry, lookup_in, nibbles
+
+ZERO = np.int32(0)  # a bare 0 is an int64 where x64 is on, which Mosaic refuses as a block index
+Stages = tuple[float, ...]  # weights of the E8P codewords whose sum a code stands for: (1,) or (1, 1 / 3.45)
+
+
+class Coded(NamedTuple):
+    """Rows of packed codes (uint8 bytes, or int32 words made by ``words``) and the scale of the whole matrix."""
+
+    codes: UInt[Array, "rows bytes"] | Int32[Array, "rows words"]
+    scale: Float[Array, "1 1"]
+
+
+Part = Coded | Float[Array, "_ _"] | None  # packed, decoded already, or absent
+Parts = tuple[Part, Part, Part]  # rows of Q [m, n], of Lᵀ [k, m], of R [k, n]
+
+
+def supported(x: Array, parts: Parts, stages: Sequence[Stages | None]) -> bool:
+    """Whether the kernel takes it: Q of one or two E8P stages with one scale, x of 16 or 32 bits and not empty.
+
+    The factors may be packed alike, or decoded (any grid: they are small).  Otherwise ``multiply`` is the reference.
+    """
+    packed = [stage is None or (isinstance(part, Coded) and len(stage) in (1, 2) and part.scale.shape == (1, 1))
+              for part, stage in zip(parts, stages, strict=True) if part is not None]
+    return x.dtype.itemsize in (2, 4) and x.size > 0 and isinstance(parts[0], Coded) and all(packed)
+
+
+def multiply(x: Float[Array, "b n"], parts: Parts, stages: tuple[Stages | None, Stages | None, Stages | None],
+             m: int) -> Float[Array, "b m"]:
+    """x Qᵀ + (x Rᵀ) Lᵀ in the dtype of x; parts are Q, Lᵀ and R; stages say how each is packed, None that it is not.
+
+    Any m, n, k and b; a part that is None counts as zero.  Sums are float32; a half-precision x meets weights rounded
+    to its dtype, as in the reference.  What ``supported`` refuses goes to the reference.
+    """
+    plain = partial(reference, stages=stages, m=m)
+    if not supported(x, parts, stages):
+        return plain(x, parts)
+    return dispatch(plain, partial(pallas, stages=stages, m=m), x, parts)
+
+
+def words(codes: UInt[Array, "rows bytes"] | Int32[Array, "rows words"]) -> Int32[Array, "rows words"]:
+    """Bytes as little-endian words (rows padded to whole words); words stay as they are."""
+    if codes.dtype == jnp.int32:
+        return codes
+    padded = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 4)))
+    return lax.bitcast_convert_type(padded.reshape(len(codes), -1, 4), jnp.int32)
+
+
+def decode(part: Part, stages: Stages | None, width: int, dtype) -> Float[Array, "rows width"] | None:
+    """A part in plain JAX."""
+    if part is None or stages is None:
+        return part if part is None else part.astype(dtype)
+    values = _apart(_bytes(part, stages, width), stages, dtype).reshape(len(part.codes), 8, -1)
+    return values.transpose(0, 2, 1).reshape(len(values), -1)[:, :width] * part.scale.astype(dtype)
+
+
+def reference(x: Float[Array, "b n"], parts: Parts, stages, m: int) -> Float[Array, "b m"]:
+    """``multiply`` in plain JAX, as a CPU runs it: no more than a few rows of Q are dense at a time."""
+    q, left_t, right = parts
+    y = jnp.zeros((len(x), m), x.dtype) if q is None else _times(x, q, stages[0])
+    if left_t is None:
+        return y
+    return y + _times(x, right, stages[2]) @ decode(left_t, stages[1], m, x.dtype)
+
+
+def _times(x, part, stages):
+    """x Wᵀ for the rows W of a part.
+
+    A tile of rows is decoded, about a mebibyte, and multiplied while it is in the cache; a gradient decodes it again.
+    W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at least, since its product with fewer
+    columns takes twice as long.
+    """
+    if stages is None:
+        return (part.astype(x.dtype) @ x.T).T
+    (b, n), rows, codes = x.shape, len(part.codes), _bytes(part, stages, x.shape[1])
+    columns = 8 * -(-n // 8)
+    x = jnp.pad(x, ((0, max(8 - b, 0)), (0, columns - n)))
+    apart = x.reshape(len(x), -1, 8).transpose(2, 1, 0).reshape(columns, -1)  # as ``_apart`` has the columns
+    tiles = -(-rows * columns >> (18 if b < 64 else 20))
+    tile = -(-rows // max(tiles, 1))
+    codes = jnp.pad(codes, ((0, -rows % tile), (0, 0))).reshape(-1, tile, codes.shape[1])
+    y = lax.map(jax.checkpoint(lambda codes: _apart(codes, stages, x.dtype) @ apart), codes)
+    return y.reshape(-1, len(x))[:rows, :b].T * part.scale.astype(x.dtype)
+
+
+def _bytes(part, stages, width):
+    """The packed codes as uint8 [rows, bytes] without padding."""
+    codes = part.codes
+    if codes.dtype == jnp.int32:
+        codes = lax.bitcast_convert_type(codes, jnp.uint8).reshape(len(codes), -1)
+    return codes[:, :2 * len(stages) * -(-width // 8)]
+
+
+def _apart(codes, stages, dtype):
+    """The values [rows, columns] that packed codes stand for, column 8 c + i at place i * columns / 8 + c.
+
+    The codewords come out of a call that XLA leaves a call, or it would look them up again for each of their entries.
+    """
+    words = set_xla_metadata(_stage_words(codes, len(stages)), inlineable="false")
+    weighted = lambda i: sum(jnp.asarray(weight, dtype) * entry(word, i).astype(dtype)
+                             for weight, word in zip(stages, words, strict=True))
+    return jnp.concatenate([weighted(i) for i in range(8)], axis=1)
+
+
+@partial(jax.jit, static_argnums=1)
+def _stage_words(codes, stages: int):
+    """The codewords of each stage as nibbles, int32 [rows, columns / 8]; the first stage has the highest 16 bits."""
+    halves = lax.bitcast_convert_type(codes.reshape(len(codes), -1, stages, 2), jnp.uint16).astype(jnp.int32)
+    both = jnp.asarray(codeword_words())
+    return [nibbles(halves[:, :, stage], lambda which, byte: both[which][byte]) for stage in reversed(range(stages))]
+
+
+@partial(jax.jit, static_argnames=("stages", "m", "platform", "interpret"))
+def pallas(x, parts: Parts, *, stages, m: int, platform: str = "tpu", interpret: bool = False):
+    """``multiply`` by the kernel for a platform, "tpu" or "cuda"."""
+    run = partial(_pass, platform=platform, interpret=interpret)
+    q, left_t, right = parts
+    if left_t is None:
+        return run(x, q, stages[0])[:, :m]
+    if stages[2] is None:
+        t = jnp.matmul(x, right.astype(x.dtype).T, preferred_element_type=jnp.float32)
+    else:
+        t = run(x, right, stages[2], dtype=jnp.float32)[:, :len(right.codes)]
+    if isinstance(left_t, Coded) and len(stages[1]) == 2:
+        t, left, left_stages = t * left_t.scale.astype(jnp.float32), words(left_t.codes), stages[1]
+    else:
+        left, left_stages = _pad(decode(left_t, stages[1], m, x.dtype), 1, 8), None
+        left = left.reshape(len(left), -1, 8).transpose(2, 0, 1)  # [8, k, m / 8]: outputs 8 c + i
+    return run(x, q, stages[0], t.astype(x.dtype).T, left, left_stages)[:, :m]
+
+
+class _How(NamedTuple):
+    """What a kernel is specialised to."""
+
+    stages: Stages
+    left_stages: Stages | None  # None: L comes decoded
+    precision: lax.PrecisionLike
+
+
+def _pass(x, coded: Coded, stages: Stages, t=None, left=None, left_stages=None, *, platform, interpret, dtype=None):
+    """x Wᵀ + tᵀ L for the rows W of ``coded``: [b, rows rounded up to a multiple of 8]."""
+    (b, n), packed, dtype = x.shape, words(coded.codes), dtype or x.dtype
+    if platform == "tpu" and x.dtype == jnp.float16:  # a TPU has bfloat16 only
+        x, t, left = (a if a is None or a.dtype == jnp.int32 else a.astype(jnp.float32) for a in (x, t, left))
+    per_word = 16 // len(stages)
+    apart = jnp.pad(x, ((0, 0), (0, packed.shape[1] * per_word - n))).reshape(b, -1, per_word).transpose(2, 0, 1)
+    call = _cuda_call if platform == "cuda" else _tpu_call
+    y = call(_How(stages, left_stages, precision(x.dtype, platform, interpret)), interpret,
+             coded.scale.astype(jnp.float32), jnp.asarray(codeword_words()), packed, apart,
+             *(() if t is None else (t, left)))
+    return y[:, :b, :-(-len(packed) // 8)].transpose(1, 2, 0).reshape(b, -1).astype(dtype)
+
+
+def _pad(x: Array, *multiples: int) -> Array:
+    """Zeros up to a multiple at the end of each of the last axes."""
+    multiples = (1,) * (x.ndim - len(multiples)) + multiples
+    return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
+
+
+# ---- what both kernels do with a tile
+
+def _codewords(tile, lookup):
+    """The codewords of the high and of the low half of each word, as nibbles."""
+    return nibbles(tile >> 16, lookup), nibbles(tile, lookup)
+
+
+def _places(tile, stages: Stages, lookup):
+    """For each place in a word, a function that gives the tile's weights there."""
+    high, low = _codewords(tile, lookup)
+    if len(stages) == 1:  # two codes of 2 bits, the earlier one below
+        return [partial(entry, code, i) for code in (low, high) for i in range(8)]
+    return [partial(_sum, high, low, i, stages) for i in range(8)]
+
+
+def _sum(first, second, i, stages):
+    return stages[0] * entry(first, i) + stages[1] * entry(second, i)
+
+
+def _entries(codewords, i, stages):
+    """``_sum`` for an entry that is known when the kernel runs."""
+    return _sum(*(word >> 4 * i for word in codewords), 0, stages)
+
+
+def _dot(a, b, axes, precision):
+    """A product over one axis of each, summed in float32."""
+    return lax.dot_general(a, b.astype(a.dtype), ((axes[:1], axes[1:]), ((), ())), precision=precision,
+                           preferred_element_type=jnp.float32)
+
+
+def _products(x, places, precision):
+    """sum_p x_p V_pᵀ [b, C] from x_p [b, words] and V_p [C, words]; a single row needs no matrix unit."""
+    if x(0).shape[0] > 1:
+        return sum(_dot(x(p), weights(), (1, 1), precision) for p, weights in enumerate(places))
+    return jnp.sum(sum(weights() * x(p).astype(jnp.float32) for p, weights in enumerate(places)), axis=1)[None]
+
+
+def _low_rank(t, left, precision):
+    """tᵀ L [b, C] from t [k, b] and L [k, C]."""
+    if t.shape[1] > 1:
+        return _dot(t, left, (0, 0), precision)
+    return jnp.sum(t.astype(jnp.float32) * left.astype(jnp.float32), axis=0)[None]
+
+
+def _loop(count: int, body, start=None):
+    """``fori_loop`` with an index that is an int32 also where x64 is on."""
+    return lax.fori_loop(0, count, lambda _, carry: (carry[0] + 1, body(*carry)), (ZERO, start))[1]
+
+
+# ---- TPU
+
+def _tpu_call(how: _How, interpret, scale, entries, packed, x, *factors):
+    groups = -(-len(packed) // 8)
+    c = LANES if groups >= LANES else -(-groups // 8) * 8  # a small matrix is one tile
+    batch = min(x.shape[1], 256)
+    x = _pad(x, batch, LANES)  # zeros meet whatever lies beyond the last word
+    whole = lambda array: pl.BlockSpec(array.shape, lambda i, j, w: (ZERO,) * array.ndim)
+    specs = [whole(scale), whole(entries), pl.BlockSpec((8 * c, LANES), lambda i, j, w: (j, w)),
+             pl.BlockSpec((len(x), batch, LANES), lambda i, j, w: (ZERO, i, w))]
+    if factors:
+        t, left = factors = _pad(factors[0], 8, batch), _pad(factors[1], 8, 1)
+        specs += [pl.BlockSpec((len(t), batch), lambda i, j, w: (ZERO, i)),
+                  pl.BlockSpec((*left.shape[:-1], LANES), lambda i, j, w: (ZERO,) * (left.ndim - 1) + (j,))]
+    grid = (x.shape[1] // batch, -(-groups // c), x.shape[2] // LANES)
+    return pl.pallas_call(
+        partial(_tpu_kernel, how), grid=grid, in_specs=specs,
+        out_specs=pl.BlockSpec((8, batch, c), lambda i, j, w: (ZERO, i, j)),
+        out_shape=jax.ShapeDtypeStruct((8, x.shape[1], grid[1] * c), jnp.float32),
+        compiler_params=compiler_params("tpu"), interpret=interpret)(scale, entries, packed, x, *factors)
+
+
+def _tpu_kernel(how: _How, scale, entries, packed, x, *factors_and_y):
+    *factors, y = factors_and_y
+    lookup, c = lookup_in(entries, "tpu"), y.shape[2]
+
+    @pl.when(pl.program_id(2) == 0)
+    def first_words():
+        y[...] = jnp.zeros_like(y)
+        if factors:
+            t, left = factors
+            codewords = _codewords(left[...], lookup) if how.left_stages else None
+
+            def low_rank(i, _):
+                rows = left[i] if codewords is None else _entries(codewords, i, how.left_stages)
+                y[i] = _low_rank(t[...], rows[:, :c], how.precision)
+
+            _loop(8, low_rank)
+
+    def residue(i, _):
+        rows = packed[pl.ds(i, c, stride=8), :]
+        y[i] += scale[...] * _products(lambda p: x[p], _places(rows, how.stages, lookup), how.precision)
+
+    _loop(8, residue)
+
+
+# ---- CUDA
+
+def _cuda_call(how: _How, interpret, scale, entries, packed, x, *factors):
+    b, count = x.shape[1:]
+    groups = -(-len(packed) // 8)
+    batch = 1 if b == 1 else max(16, min(128 // x.dtype.itemsize, 1 << (b - 1).bit_length()))
+    c = 16 if b > 1 else min(16, 1 << max(groups // 16, 1).bit_length() - 1)  # 128 programs or more; a tensor core's 16
+    step = max(16, min(64 if b == 1 else 32, count & -count))
+    packed, x = _pad(packed, 8 * c, step), _pad(x, batch, step)
+    whole = lambda array: pl.BlockSpec(array.shape, lambda i, j: (ZERO,) * array.ndim)
+    specs = [whole(scale), whole(entries), pl.BlockSpec((c, None, packed.shape[1]), lambda i, j: (j >> 3, j & 7, ZERO)),
+             pl.BlockSpec((len(x), batch, x.shape[2]), lambda i, j: (ZERO, i, ZERO))]
+    if factors:
+        t, left = factors = _pad(factors[0], 16, batch), _pad(factors[1], 16, c)
+        specs += [pl.BlockSpec((len(t), batch), lambda i, j: (ZERO, i)),
+                  pl.BlockSpec((len(t), c), lambda i, j: (ZERO, j >> 3)) if how.left_stages else
+                  pl.BlockSpec((None, len(t), c), lambda i, j: (j & 7, ZERO, j >> 3))]
+    return pl.pallas_call(
+        partial(_cuda_kernel, how, step), grid=(x.shape[1] // batch, len(packed) // c), in_specs=specs,
+        out_specs=pl.BlockSpec((None, batch, c), lambda i, j: (j & 7, i, j >> 3)),
+        out_shape=jax.ShapeDtypeStruct((8, x.shape[1], len(packed) // 8), jnp.float32),
+        compiler_params=compiler_params("cuda"), interpret=interpret)(
+            scale, entries, packed.reshape(-1, 8, packed.shape[1]), x, *factors)
+
+
+def _cuda_kernel(how: _How, step, scale, entries, packed, x, *factors_and_y):
+    *factors, y = factors_and_y
+    lookup, residue = lookup_in(entries, "cuda"), pl.program_id(1) & 7
+
+    def words_step(j, total):
+        here = pl.ds(j * step, step)
+        places = _places(packed[:, here], how.stages, lookup)
+        return total + _products(lambda p: x[p, :, here], places, how.precision)
+
+    def rank_step(j, total):
+        here = pl.ds(j * 16, 16)
+        rows = factors[1][here, :]
+        if how.left_stages:
+            rows = _entries(_codewords(rows, lookup), residue, how.left_stages)
+        return total + _low_rank(factors[0][here, :], rows, how.precision)
+
+    total = scale[0, 0] * _loop(packed.shape[1] // step, words_step, jnp.zeros(y.shape, jnp.float32))
+    y[...] = _loop(len(factors[0]) // 16, rank_step, total) if factors else total
