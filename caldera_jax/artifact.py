@@ -7,11 +7,14 @@ stayed dense, and gains, have their own name alone.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from caldera_jax import codebooks, files, report
@@ -19,6 +22,7 @@ from caldera_jax.codebooks import Codebook
 from caldera_jax.linear import CompressedLinear, Packed
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
+from caldera_jax.models.weights import Block
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -70,7 +74,7 @@ def _grid(meta: dict[str, Any] | None) -> Codebook | None:
     return GRIDS[fields.pop("kind")](**fields)
 
 
-def block_arrays(block: Params) -> dict[str, np.ndarray]:
+def block_arrays(block: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """All arrays of a block, dense or compressed, by name."""
     arrays = {}
     for name, value in block.items():
@@ -111,7 +115,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def load(directory: str | Path) -> Model:
-    """A compressed model, every file checked against its SHA-256; ValueError naming what is missing or damaged."""
+    """A compressed model, every file checked against its SHA-256; ValueError naming what is missing or damaged.
+
+    Its blocks stay on the disk, as those of ``convert.load``.
+    """
     directory = Path(directory)
     manifest = read_manifest(directory)
     for name, digest in manifest["files"].items():
@@ -123,21 +130,28 @@ def load(directory: str | Path) -> Model:
         raw["rope_scaling"] = Llama3RopeScaling(**raw["rope_scaling"])
     config = LlamaConfig(**raw)
     params = files.read_arrays(directory / REST)
-    params["blocks"] = [_block(files.read_arrays(directory / block_file(i)), manifest["layers"], f"blocks.{i}.")
-                        for i in range(config.layers)]
+    params["blocks"] = [_block(directory / block_file(i), manifest["layers"], i) for i in range(config.layers)]
     return Model(config, params, Tokenizer.from_file(str(directory / TOKENIZER)), manifest["model"])
 
 
-def _block(arrays: dict[str, np.ndarray], layers: dict[str, Any], prefix: str) -> Params:
-    block = {name: value for name, value in arrays.items() if "." not in name}
-    for path, meta in layers.items():
-        if path.startswith(prefix):
-            name = path.removeprefix(prefix)
-            own = {key.removeprefix(name + "."): value for key, value in arrays.items() if key.startswith(name + ".")}
-            block[name] = jax.tree.map(jax.numpy.asarray, layer_from(own, meta))
-    return block
+def _block(path: Path, layers: dict[str, Any], index: int) -> Block:
+    """The block in this file, each weight read when it is asked for."""
+    with safe_open(path, "np") as file:
+        names = dict.fromkeys(key.split(".", 1)[0] for key in file.keys())  # noqa: SIM118
+    return Block({name: partial(_weight, path, name, layers.get(f"blocks.{index}.{name}")) for name in names})
+
+
+def _weight(path: Path, name: str, meta: dict[str, Any] | None) -> np.ndarray | CompressedLinear:
+    """A dense array, or the layer that ``meta`` describes."""
+    with safe_open(path, "np") as file:
+        if meta is None:
+            return file.get_tensor(name)
+        arrays = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys()  # noqa: SIM118
+                  if key.startswith(f"{name}.")}
+    return jax.tree.map(jax.numpy.asarray, layer_from(arrays, meta))
 
 
 def model_bytes(params: Params) -> int:
     """Bytes of every array of a model, compressed or dense."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    parts = [{name: value for name, value in params.items() if name != "blocks"}, *params["blocks"]]
+    return sum(leaf.nbytes for part in parts for leaf in jax.tree.leaves(dict(part)))

@@ -1,11 +1,14 @@
 """Tokens through the model, block by block, into the Moments of every linear layer's input.
 
-Only one block's weights and Moments are on the device, and the residual stream of all calibration tokens on the host.
+Only one block's weights and Moments are on a device, and the residual stream of all tokens is on the host.  The windows
+are divided into ``spread.SHARDS``; each process has the streams of its own, and the Moments of all are merged in one
+fixed tree, so that they are the same however the shards are spread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,84 +16,111 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from caldera_jax import hessian
+from caldera_jax import hessian, spread
 from caldera_jax.hessian import Moments
 from caldera_jax.models import llama
 from caldera_jax.models.llama import LlamaConfig, Params
 
-
-def embed(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"]) -> Float[np.ndarray, "w s d"]:
-    """The residual stream that enters the first block, for w windows of s tokens."""
-    return np.array(llama.embed(config, params, tokens))
+Streams = list[list[np.ndarray]]  # [windows of the shard, s, d] of each shard that this process has, by device
 
 
-def run_block(config: LlamaConfig, block: Params, hidden: Float[np.ndarray, "w s d"],
-              batch: int = 4) -> Float[np.ndarray, "w s d"]:
-    """The residual stream after one block, ``batch`` windows at a time."""
-    block, after = jax.device_put(block), np.empty_like(hidden)
-    for i in range(0, len(hidden), batch):
-        after[i:i + batch] = _forward(config, block, hidden[i:i + batch])
-    return after
+def embed(params: Params, tokens: Int[np.ndarray, "w s"]) -> Streams:
+    """The residual streams that enter the first block, of this process's shards of the w windows of s tokens."""
+    table = np.asarray(params["embed"])
+    dtype = np.promote_types(table.dtype, np.float32)
+    return [[table[tokens[shard]].astype(dtype) for shard in device] for device in spread.own_shards(len(tokens))]
 
 
-def calibrate_block(config: LlamaConfig, block: Params, hidden: Float[np.ndarray, "w s d"],
-                    batch: int = 4) -> tuple[Float[np.ndarray, "w s d"], dict[str, Moments]]:
-    """The residual stream after one block, and the Moments of its four inputs by the names of ``llama.INPUT_OF``.
+def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4) -> None:
+    """Take the streams through one block, in place, ``batch`` windows at a time."""
+    block = dict(block)
 
-    Layers with the same input share them: q, k, v and gate, up.  O(tokens n²) an input beside the forward pass.
+    def run(shards):
+        placed = jax.device_put(block)
+        for shard in shards:
+            for i in range(0, len(shard), batch):
+                shard[i:i + batch] = _forward(config, placed, shard[i:i + batch])
+
+    spread.on_devices(run, streams)
+
+
+def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4,
+                    advance: bool = True) -> dict[str, Moments]:
+    """The Moments of a block's four inputs over all windows, by the names of ``llama.INPUT_OF``; on every process.
+
+    Layers with the same input share them: q, k, v and gate, up.  ``advance``: take the streams through the block, in
+    place.  O(tokens n²) an input beside the forward pass; memory of log₂ SHARDS + 1 = 4 Moments an input.
     """
-    block, after = jax.device_put(block), np.empty_like(hidden)
-    sizes = {llama.INPUT_OF[name]: n for name, (_, n) in llama.shapes(config).items()}
-    moments = {name: hessian.zero(n) for name, n in sizes.items()}
-    for i in range(0, len(hidden), batch):
-        after[i:i + batch], moments = _observe(config, block, hidden[i:i + batch], moments)
-    return after, moments
+    block = dict(block)
+
+    def run(shards):
+        placed = jax.device_put(block)
+        return spread.fold((observe(placed, shard) for shard in shards), _merge)
+
+    def observe(placed, shard):
+        moments = _zero(config)
+        for i in range(0, len(shard), batch):
+            after, moments = _observe(config, placed, shard[i:i + batch], moments)
+            if advance:
+                shard[i:i + batch] = after
+        return moments
+
+    parts = [jax.device_put(part, jax.local_devices()[0]) for part in spread.on_devices(run, streams)]
+    own = spread.fold(parts, _merge) if parts else _zero(config)
+    return own if spread.count() == 1 else {name: _over_processes(moments) for name, moments in own.items()}
+
+
+def _over_processes(own: Moments) -> Moments:
+    """The Moments of all processes, merged some rows at a time: no message is larger than one matrix."""
+    host = jax.tree.map(np.array, own)
+    step = -(-len(host.sum) // spread.count())
+    counts = spread.gather(host.count)[:spread.holders()]
+    for i in range(0, len(host.sum), step):
+        rows = slice(i, i + step)
+        parts = map(Moments, spread.gather(host.sum[rows]), spread.gather(host.error[rows]), counts)
+        total = spread.fold(parts, _merge)
+        host.sum[rows], host.error[rows] = total.sum, total.error
+    return Moments(jnp.asarray(host.sum), jnp.asarray(host.error), total.count)
 
 
 def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], blocks: int | None = None,
-            sequential: bool = False, spill: Path | None = None) -> Iterator[tuple[int, dict[str, Moments]]]:
+            sequential: bool = False) -> Iterator[tuple[int, dict[str, Moments]]]:
     """(block index, Moments of its inputs), one block after the other, of the first ``blocks`` blocks (None: all).
 
     ``sequential``: the caller replaces ``params["blocks"][index]`` before it asks for the next block, whose inputs are
-    then those of the compressed model.  ``spill``: a directory in which each block's Moments are kept; when it already
-    holds all of them and the model is the dense one, they are read and no token goes through the model.
+    then those of the compressed model.  Every process must ask for the same blocks.
     """
-    blocks = config.layers if blocks is None else blocks
-    files = [spill / f"moments_{index:03d}.safetensors" for index in range(blocks)] if spill else []
-    if files and not sequential and all(file.is_file() for file in files):  # written whole, so whole
-        yield from ((index, hessian.load(file)) for index, file in enumerate(files))
-        return
-    hidden = embed(config, params, tokens)
-    for index in range(blocks):
-        after, moments = calibrate_block(config, params["blocks"][index], hidden)
-        if files:
-            spill.mkdir(parents=True, exist_ok=True)
-            hessian.save(files[index], moments)
-        if not sequential:
-            hidden = after
-        del after
-        yield index, moments
-        if sequential:
-            hidden = run_block(config, params["blocks"][index], hidden)
-
-
-def released(directory: Path, config: LlamaConfig,
-             blocks: int | None = None) -> Iterator[tuple[int, dict[str, Moments]]]:
-    """(block index, Moments of its inputs) from the Hessians that the authors of QuIP# and CALDERA released.
-
-    Files ``0_qkv.pt``, ``0_o.pt``, ``0_up.pt``, ``0_down.pt``, ``1_qkv.pt``, …; see ``read_hessian``.  Their token
-    count is taken as 1, since H is all that is used of them.
-    """
-    sizes = {llama.INPUT_OF[name]: n for name, (_, n) in llama.shapes(config).items()}
+    streams = embed(params, tokens)
     for index in range(config.layers if blocks is None else blocks):
-        moments = {}
-        for name, n in sizes.items():
-            h = read_hessian(path := directory / f"{index}_{name}.pt")
-            if len(h) != n:
-                raise ValueError(f"{path}: the Hessian is of {len(h)} inputs, and this model's layer has {n}: these "
-                                 "files belong to another model")
-            moments[name] = Moments(jnp.asarray(h), jnp.zeros_like(h), jnp.asarray(1, jnp.int32))
-        yield index, moments
+        yield index, calibrate_block(config, params["blocks"][index], streams, advance=not sequential)
+        if sequential:
+            run_block(config, params["blocks"][index], streams)
+
+
+def spilled(directory: Path, index: int, name: str) -> Path:
+    """The file of one input's Moments."""
+    return directory / f"moments_{index:03d}_{name}.safetensors"
+
+
+def spill(directory: Path, index: int, moments: dict[str, Moments]) -> None:
+    """Write the Moments of a block, a file for each input, each by one of the processes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(sorted(moments)):
+        if (index + i) % spread.count() == spread.rank():
+            hessian.save(spilled(directory, index, name), {name: moments[name]})
+
+
+def released(directory: Path, config: LlamaConfig, index: int, name: str) -> Float[np.ndarray, "n n"]:
+    """The Hessian of one input as the authors of QuIP# and CALDERA released it.
+
+    Files ``0_qkv.pt``, ``0_o.pt``, ``0_up.pt``, ``0_down.pt``, ``1_qkv.pt``, …; see ``read_hessian``.
+    """
+    sizes = {llama.INPUT_OF[layer]: n for layer, (_, n) in llama.shapes(config).items()}
+    h = read_hessian(path := directory / f"{index}_{name}.pt")
+    if len(h) != sizes[name]:
+        raise ValueError(f"{path}: the Hessian is of {len(h)} inputs, and this model's layer has {sizes[name]}: these "
+                         "files belong to another model")
+    return h
 
 
 def read_hessian(path: Path) -> Float[np.ndarray, "n n"]:
@@ -127,3 +157,14 @@ def _forward(config, block, x):
 def _observe(config: LlamaConfig, block: Params, x: Array, moments: dict[str, Moments]):
     y, inputs = llama.block(config, block, x, jnp.arange(x.shape[1]))
     return y, {name: hessian.update(moments[name], inputs[name]) for name in moments}
+
+
+def _zero(config):
+    sizes = {llama.INPUT_OF[name]: n for name, (_, n) in llama.shapes(config).items()}
+    return {name: hessian.zero(n) for name, n in sizes.items()}
+
+
+@jax.jit
+def _merge(a, b):
+    """Of two Moments, or of two dictionaries of them."""
+    return jax.tree.map(hessian.merge, a, b, is_leaf=lambda x: isinstance(x, Moments))

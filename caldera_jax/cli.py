@@ -2,24 +2,30 @@
 
 import dataclasses
 import errno
+import hashlib
+import os
+import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
-from caldera_jax import artifact, evaluate, files
-from caldera_jax.compress import RunConfig, Tokens, texts
+from caldera_jax import artifact, evaluate, files, spread
+from caldera_jax.compress import RunConfig, Tokens, memory_need, texts
 from caldera_jax.compress import compress as run_compress
 from caldera_jax.decompose import CalderaConfig
-from caldera_jax.models import data
+from caldera_jax.models import convert, data
+from caldera_jax.models.convert import Model as Loaded
 
 PRESETS = {
     # About a minute: the first two blocks, few tokens, few iterations.
     "smoke": RunConfig("", CalderaConfig(rank=16, outer_iterations=2, inner_iterations=3, svd="randomized"),
                        Tokens(windows=8, window=256), Tokens(windows=4, window=256), blocks=2),
     # The whole model in minutes on two cores.
-    "default": RunConfig("", CalderaConfig(rank=32, outer_iterations=5, inner_iterations=10, svd="randomized")),
+    "default": RunConfig("", CalderaConfig(rank=64, outer_iterations=15, inner_iterations=10, svd="randomized")),
     # The settings of the authors' scripts since November 2025.
     "paper": RunConfig("", CalderaConfig(rank=64, outer_iterations=20, inner_iterations=50, downdate=True,
                                          refine_passes=10, svd="exact"), Tokens(windows=256, window=1024), seed=42),
@@ -27,6 +33,23 @@ PRESETS = {
 
 Model = Annotated[str, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Who does the work; results do not depend on it."""
+
+    processes: int | None = None
+    """Start so many local processes, each on one core; 0 works in this one, on all devices that JAX finds. Default: as
+    many as there are cores and as memory allows, at most 8; 0 where a GPU or TPU build of JAX is installed."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0: this is one process of a run on several hosts, started on each with --processes and
+    --process-id; auto where TPU, SLURM or Open MPI tell all three. All must see the directories in the arguments."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+
+
+Spread = Annotated[Workers, tyro.conf.arg(name="")]
 
 
 def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper"] = "default",
@@ -40,7 +63,8 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
              calibration_window: int | None = None, evaluation_text: str | None = None,
              evaluation_windows: int | None = None, evaluation_window: int | None = None,
              activations: Literal["dense", "compressed"] | None = None, blocks: int | None = None,
-             seed: int | None = None, moments: Path | None = None, hessians: str | None = None) -> None:
+             seed: int | None = None, moments: Path | None = None, hessians: str | None = None,
+             workers: Spread = Workers()) -> None:
     """Compress a model: calibrate, compress every linear layer, evaluate before and after, write OUT/report.json.
 
     Killed and started again with the same arguments, it goes on where it was.
@@ -76,6 +100,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         moments: directory to keep the calibration Moments in, read again by later runs on the same model and text.
         hessians: directory of Hessians as the authors released them (0_qkv.pt, 0_o.pt, 0_up.pt, 0_down.pt, 1_qkv.pt, …;
             needs torch), used instead of calibrating.
+        workers: who does the work.
     """
     if factor_bits is not None and len(factor_bits) not in (1, 2):
         raise ValueError(f"factor_bits takes one number, or two for L and R; got {len(factor_bits)}")
@@ -91,8 +116,40 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
                              window=calibration_window),
         evaluation=override(base.evaluation, text=evaluation_text, windows=evaluation_windows,
                             window=evaluation_window))
-    print(table(run_compress(config, out, moments)))
-    print(f"\nwritten: {out / 'report.json'}")
+    if start(workers, lambda: convert.load(model)):
+        return
+    report = run_compress(config, out, moments)
+    if spread.rank() == 0:
+        print(f"{table(report)}\n\nwritten: {out / 'report.json'}")
+
+
+def start(workers: Workers, load: Callable[[], Loaded]) -> bool:
+    """Whether processes started here have done the work; if not, this one does it, or its part of it.
+
+    ``load`` tells how large the model is, and fails or fetches here, once, where the processes would do so each.
+    """
+    processes = workers.processes
+    if processes is not None and processes < 0:
+        raise ValueError(f"--processes must not be negative, got {processes}")
+    if workers.coordinator is None and processes != 0 and not (processes is None and spread.accelerated()):
+        fit = spread.available_memory() // memory_need(load().config)
+        spread.launch(sys.argv[1:], processes or max(1, min(len(spread.cores()), fit, 8)))
+        return True
+    keep_programs()
+    if workers.coordinator is not None:
+        spread.connect(workers.coordinator, processes, workers.process_id)
+    return False
+
+
+def keep_programs() -> None:
+    """Keep what JAX compiles, for later runs on this kind of machine, unless JAX was told where to keep it."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cpu = Path("/proc/cpuinfo")
+        lines = cpu.read_text().splitlines() if cpu.is_file() else [platform.processor()]
+        kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+        digest = hashlib.sha256("".join(kind or lines[:1]).encode()).hexdigest()
+        jax.config.update("jax_compilation_cache_dir", str(data.cache_directory() / "xla" / digest[:12]))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def override(base: Any, **changes: Any) -> Any:
@@ -115,8 +172,8 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def evaluate_(directory: Directory, text: str | None = None, windows: int | None = None,
-              window: int | None = None) -> None:
+def evaluate_(directory: Directory, text: str | None = None, windows: int | None = None, window: int | None = None,
+              workers: Spread = Workers()) -> None:
     """Perplexity of a compressed model, from disk, on the text its run was evaluated on or on another one.
 
     Args:
@@ -124,7 +181,10 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         text: enwiki (built in; the part that the run was not calibrated on), a text file, or a directory.
         windows: number of windows.
         window: tokens a window.
+        workers: who does the work.
     """
+    if start(workers, lambda: artifact.load(directory)):
+        return
     run = artifact.read_manifest(directory)["run"]["config"]
     ours, theirs = (Tokens(**{k: v for k, v in run[part].items() if k != "kind"})
                     for part in ("calibration", "evaluation"))
@@ -136,7 +196,9 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         tokens = data.token_windows(model.tokenizer, data.load_text(chosen.text), chosen.window, chosen.windows,
                                     "evaluation")
     value = evaluate.perplexity(model.config, model.params, tokens, title="perplexity")
-    print(f"{directory}: perplexity {value:.4f} on {chosen.windows} windows of {chosen.window} tokens of {chosen.text}")
+    if spread.rank() == 0:
+        print(f"{directory}: perplexity {value:.4f} on {chosen.windows} windows of {chosen.window} tokens of "
+              f"{chosen.text}")
 
 
 def inspect(directory: Directory) -> None:
@@ -173,15 +235,21 @@ def main() -> None:
     try:
         commands = {"compress": compress, "eval": evaluate_, "inspect": inspect, "fetch": fetch}
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except spread.Lost as error:
+        spread.leave(spread.LOST if spread.WATCHED in os.environ else _say(str(error)))
     except (ValueError, RuntimeError) as error:
-        sys.exit(_say(" ".join(str(error).split())))
+        spread.leave(_say(" ".join(str(error).split())))
     except OSError as error:
         full = " The disk is full: free some space and run the same command again; finished layers are kept."
-        sys.exit(_say(f"{error}.{full if error.errno == errno.ENOSPC else ''}"))
+        spread.leave(_say(f"{error}.{full if error.errno == errno.ENOSPC else ''}"))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; run the same command again to go on from the last finished layer"))
+        spread.leave(_say("interrupted; run the same command again to go on from the last finished layer"))
 
 
 def _say(text: str) -> int:
     print(f"caldera: {text}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,17 @@
 """The main job: a model in, the same model compressed out, resumable at every layer.
 
-The only file that knows both the numerics and the models.  State of an unfinished run lives in ``OUT/unfinished``:
-the run's own description, one safetensors file and one record for each finished layer.
+The only file that knows both the numerics and the models.  Every process of a run calls ``compress`` with the same
+arguments and a directory that all of them see.  Each calibrates on its own windows, compresses its own layers and
+writes them; process 0 writes what belongs to all (``run.Run``).
 """
 
 import hashlib
+import math
 import shutil
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from caldera_jax import artifact, calibration, evaluate, files, report
+from caldera_jax import artifact, calibration, evaluate, files, hessian, report, spread
 from caldera_jax.decompose import CalderaConfig
-from caldera_jax.hessian import Moments
 from caldera_jax.linear import CompressedLinear, compress_matrix
 from caldera_jax.models import convert, data, llama
 from caldera_jax.models.convert import Model
 from caldera_jax.objective import relative_error
+from caldera_jax.run import Run
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,12 @@ class RunConfig:
 def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[str, Any]:
     """Calibrate, compress every linear layer of the chosen blocks, write the artifact, evaluate, write the report.
 
-    ``moments``: a directory to keep each block's Moments in; where it holds those of the same model and text, no
-    calibration runs.
-    Killed and started again with the same arguments, it goes on with the first unfinished layer and ends with the same
-    bytes.  Memory: the dense model, one block's activations and Moments, one layer's workspace.
+    ``moments``: a directory to keep the Moments in; where it holds those of the same model and text, no calibration
+    runs.
+    Killed and started again with the same arguments, by any number of processes, it goes on with the unfinished layers
+    and ends with the same bytes.  Memory: embedding and head, one block, its Moments and the residual streams, or one
+    layer's workspace.  Disk, until the run ends: 8 n² bytes for each input of n features, of all blocks (of one block
+    with ``activations="compressed"``).
     Raises ValueError for bad input (which layer, what to do) and OSError where the disk is full; finished layers stay.
     """
     start = time.perf_counter()
@@ -77,73 +83,104 @@ def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[
     tokens, held_out = texts(config, model)
     check(config, model)
     run = Run(out, identity(config, model, tokens, held_out))
-    if (done := run.report()) is not None:
+    if (done := spread.first(run.report())) is not None:
         return done
-    clock = report.Clock(run.recall("clock"))
+    clock = report.Clock(spread.first(run.recall("clock")))
     clock.add("load", time.perf_counter() - start)
     origin = report.provenance(config, config.seed)
-    if (base := run.recall("base")) is None:
+    if (base := spread.first(run.recall("base"))) is None:
         with clock.stage("evaluate base"):
             base = evaluate.perplexity(model.config, model.params, held_out, title="base perplexity")
         run.remember("base", base)
-    if not run.complete():
+    if not spread.first(run.complete()):
         layers = _blocks(config, model, tokens, run, clock, moments)
         with clock.stage("write"):
-            artifact.finish(out, model, layers, run.identity)
+            run.write(model, layers)
     del model  # the dense one
+    warn(config, records := run.records())
     with clock.stage("evaluate compressed"):
         model = artifact.load(out)
         value = evaluate.perplexity(model.config, model.params, held_out, title="compressed perplexity")
-    return run.finish(summary(config, origin, clock, run.records(), base, value, model, out))
+    return run.finish(partial(summary, config, origin, everyone(clock), records, base, value, model, out))
 
 
-def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: "Run", clock: report.Clock,
-            spill: Path | None) -> dict[str, Any]:
-    """Compress block after block, each replaced in the model when done; the metas of all layers by path."""
+def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock: report.Clock,
+            kept: Path | None) -> list[str]:
+    """Calibrate all blocks and then compress their layers, or block after block where calibration needs the compressed
+    ones; the blocks become the compressed ones.  Returns the paths of the layers."""
     chosen = model.config.layers if config.blocks is None else config.blocks
-    sequential = config.activations == "compressed"
-    folder = None if spill is None else spill / run.moments_hash
-    if config.hessians is not None:
-        inputs = calibration.released(Path(config.hessians), model.config, chosen)
-    else:
-        inputs = calibration.collect(model.config, model.params, tokens, chosen, sequential, folder)
-    metas: dict[str, Any] = {}
-    weights = sum(m * n for m, n in llama.shapes(model.config).values())
-    with tqdm(total=chosen * weights, unit="weight", unit_scale=True, desc="compress") as progress:
-        for _ in range(chosen):
+    sequential, blocks = config.activations == "compressed", model.params["blocks"]
+    folder = run.work / "moments" if kept is None else kept / run.moments_hash
+    inputs = calibration.collect(model.config, model.params, tokens, chosen, sequential)
+    costs = [(m + 0.4 * n) * n for m, n in llama.shapes(model.config).values()]  # about as the seconds on a CPU
+    slots = spread.assign([costs] * chosen, spread.slots())
+    for group in [[index] for index in range(chosen)] if sequential else [range(chosen)]:
+        if config.hessians is None and (sequential or not spread.first(calibrated(folder, chosen))):
             with clock.stage("calibrate"):
-                index, moments = next(inputs)
-            block = _layers(config, model, index, moments, run, clock, progress)
-            model.params["blocks"][index] = block
-            run.keep_block(index, block)
+                _calibrate(inputs, folder, group)
             run.remember("clock", clock.stages)
-            metas |= {f"blocks.{index}.{name}": artifact.layer_meta(block[name]) for name in llama.LINEARS}
-    for index in range(chosen, model.config.layers):
-        run.keep_block(index, model.params["blocks"][index])
-    return metas
+        if not sequential:
+            inputs.close()  # its streams
+        with clock.stage("compress"):
+            _layers(config, model, run, clock, folder, {index: slots[index] for index in group})
+            run.wait([f"blocks.{index}.{name}" for index in group for name in llama.LINEARS])
+        for index in group:
+            blocks[index] = run.block(index, blocks[index])
+        run.remember("clock", clock.stages)
+        if sequential and kept is None and spread.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    inputs.close()
+    return [f"blocks.{index}.{name}" for index in range(chosen) for name in llama.LINEARS]
 
 
-def _layers(config: RunConfig, model: Model, index: int, moments: dict[str, Moments], run: "Run",
-            clock: report.Clock, progress: tqdm) -> dict[str, Any]:
-    """The block with its linear layers compressed, finished ones taken from the disk."""
-    block = dict(model.params["blocks"][index])
-    for position, name in enumerate(llama.LINEARS):
-        path, w = f"blocks.{index}.{name}", jnp.asarray(block[name])
-        progress.set_postfix_str(path)
-        layer = run.layer(path)
-        if layer is None:
-            with clock.stage("compress") as part:
-                key = jax.random.fold_in(jax.random.key(config.seed), index * len(llama.LINEARS) + position)
-                h = moments[llama.INPUT_OF[name]].mean()
-                layer, trace = compress_matrix(key, w, h, config.caldera, path)
-                error = float(_error(w, layer, h))
-            if float(trace.damping) > 1.01 * max(config.caldera.damping, 1e-12):
-                progress.write(f"{path}: the Hessian is not positive definite with damping {config.caldera.damping:g}; "
-                               f"raised to {float(trace.damping):g}")
-            run.keep_layer(path, layer, record(path, layer, error, trace, part))
-        block[name] = jax.tree.map(np.asarray, layer)  # on the host, as the dense ones
-        progress.update(w.size)
-    return block
+def calibrated(folder: Path, blocks: int) -> bool:
+    """Whether the Moments of so many blocks are all there; each file is written whole."""
+    names = sorted(set(llama.INPUT_OF.values()))
+    return all(calibration.spilled(folder, index, name).is_file() for index in range(blocks) for name in names)
+
+
+def _calibrate(inputs: Iterator[tuple[int, dict[str, Any]]], folder: Path, group: Sequence[int]) -> None:
+    quiet = len(group) == 1 or spread.rank() > 0
+    for _ in tqdm(group, "calibrate", disable=quiet, unit="block", leave=False):
+        calibration.spill(folder, *next(inputs))
+    spread.barrier()
+
+
+def _layers(config: RunConfig, model: Model, run: Run, clock: report.Clock, folder: Path,
+            slots: dict[int, list[int]]) -> None:
+    """Compress the layers that are this process's and not finished, each on the device that it is assigned to."""
+    devices, shapes = jax.local_device_count(), list(llama.shapes(model.config).values())
+    work = [[(index, i) for index, of in slots.items() for i, slot in enumerate(of)
+             if slot == spread.rank() * devices + device] for device in range(devices)]
+    title = "compress" if spread.count() == 1 else f"compress (1 of {spread.count()} processes)"
+    total = sum(math.prod(shapes[i]) for items in work for _, i in items)
+    with tqdm(total=total, unit="weight", unit_scale=True, desc=title, disable=spread.rank() > 0) as progress:
+
+        def compress_each(items):
+            for index, i in items:
+                path = f"blocks.{index}.{llama.LINEARS[i]}"
+                progress.set_postfix_str(path)
+                if run.layer(path) is None:
+                    _layer(config, model, run, clock, folder, index, i)
+                progress.update(math.prod(shapes[i]))
+
+        spread.on_devices(compress_each, work)
+
+
+def _layer(config: RunConfig, model: Model, run: Run, clock: report.Clock, folder: Path, index: int, i: int) -> None:
+    """Compress one layer and write it."""
+    name = llama.LINEARS[i]
+    path, source = f"blocks.{index}.{name}", llama.INPUT_OF[name]
+    with clock.part() as part:
+        key = jax.random.fold_in(jax.random.key(config.seed), index * len(llama.LINEARS) + i)
+        w = jnp.asarray(model.params["blocks"][index][name])
+        if config.hessians is None:
+            h = hessian.load(calibration.spilled(folder, index, source))[source].mean()
+        else:
+            h = jnp.asarray(calibration.released(Path(config.hessians), model.config, index, source))
+        layer, trace = compress_matrix(key, w, h, config.caldera, path)
+        error = float(_error(w, layer, h))
+    run.keep_layer(path, layer, record(path, layer, error, trace, part))
 
 
 @jax.jit
@@ -158,25 +195,55 @@ def record(path: str, layer: CompressedLinear, error: float, trace, part: dict[s
     return {"path": path, "shape": [m, n], "error": error, "bits": layer.stored_bits,
             "bits_per_weight": layer.stored_bits / (m * n), "rank": layer.rank, "damping": float(trace.damping),
             "half_step_errors": [round(float(e), 6) for e in trace.error],
-            "seconds": round(part["seconds"], 3), "compile_seconds": round(part["compile_seconds"], 3)}
+            "seconds": round(part["seconds"], 3), "compile_seconds": round(part["compile_seconds"], 3),
+            "process": spread.rank()}
 
 
-def summary(config: RunConfig, origin: dict[str, Any], clock: report.Clock, records: list[dict[str, Any]], base: float,
-            value: float, model: Model, out: Path) -> dict[str, Any]:
-    """The report of a finished run."""
+def warn(config: RunConfig, records: list[dict[str, Any]]) -> None:
+    """Name the layers whose Hessian needed more damping than asked for."""
+    for row in records if spread.rank() == 0 else ():
+        if row["damping"] > 1.01 * max(config.caldera.damping, 1e-12):
+            print(f"{row['path']}: the Hessian is not positive definite with damping {config.caldera.damping:g}; "
+                  f"raised to {row['damping']:g}")
+
+
+def everyone(clock: report.Clock) -> tuple[dict[str, dict[str, float]], int]:
+    """Each stage as the slowest and the largest process had it, and the sum of all processes' peak memory."""
+    fields = ("seconds", "compile_seconds", "peak_memory_bytes")
+    own = np.asarray([[stage[field] for field in fields] for stage in clock.stages.values()], np.float64)
+    each = np.stack(spread.gather(own))
+    rows = zip(clock.stages, each.max(0).tolist(), strict=True)
+    stages = {name: {"seconds": round(row[0], 3), "compile_seconds": row[1], "peak_memory_bytes": int(row[2])}
+              for name, row in rows}
+    return stages, int(each[:, :, 2].max(1).sum())
+
+
+def summary(config: RunConfig, origin: dict[str, Any], measured: tuple[dict[str, dict[str, float]], int],
+            records: list[dict[str, Any]], base: float, value: float, model: Model, out: Path) -> dict[str, Any]:
+    """The report of a finished run.  Of several processes ``stages``, ``seconds`` and ``peak_memory_bytes`` are those
+    of the slowest and of the largest; ``peak_memory_bytes_of_all`` is the sum of their peaks."""
     bits = sum(r["bits"] for r in records)
     weights = sum(r["shape"][0] * r["shape"][1] for r in records)
     files = artifact.read_manifest(out)["files"]
-    stages = {name: {**stage, "seconds": round(stage["seconds"], 3)} for name, stage in clock.stages.items()}
-    return {"model": config.model, **origin, "base_perplexity": base,
+    stages, memory = measured
+    return {"model": config.model, **origin, "processes": spread.count(), "base_perplexity": base,
             "compressed_perplexity": value,
             "evaluated_tokens": config.evaluation.windows * (config.evaluation.window - 1),
             "bits_per_weight": bits / weights, "stored_bytes": bits // 8, "compressed_weights": weights,
             "model_bytes": artifact.model_bytes(model.params),
             "disk_bytes": sum((out / f).stat().st_size for f in files),
             "mean_layer_error": float(np.mean([r["error"] for r in records])),
-            "max_layer_error": max(r["error"] for r in records), "layers": records, "seconds": clock.seconds,
-            "stages": stages, "peak_memory_bytes": int(max(s["peak_memory_bytes"] for s in clock.stages.values()))}
+            "max_layer_error": max(r["error"] for r in records), "layers": records, "seconds": report.seconds(stages),
+            "stages": stages, "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages.values()),
+            "peak_memory_bytes_of_all": memory}
+
+
+def memory_need(config: llama.LlamaConfig) -> int:
+    """About the peak memory of one process, bytes: JAX and its programs, embedding and logits, a block, and what the
+    layer with the most inputs works with."""
+    inputs = max(n for _, n in llama.shapes(config).values())
+    block = sum(math.prod(shape) for shape in llama.shapes(config).values())
+    return 10**9 + 4 * (4 * config.vocab * config.dim + 3 * block + 16 * inputs**2)
 
 
 def texts(config: RunConfig, model: Model) -> tuple[np.ndarray, np.ndarray]:
@@ -205,110 +272,35 @@ def check(config: RunConfig, model: Model) -> None:
         if config.caldera.rank > min(shape):
             raise ValueError(f"rank {config.caldera.rank} exceeds min(m, n) = {min(shape)} of layer {name} {shape}: "
                              f"choose a rank of at most {min(min(s) for s in llama.shapes(model.config).values())}")
-    for path, array in jax.tree_util.tree_leaves_with_path(model.params):
-        if not np.isfinite(np.asarray(array, np.float32)).all():
-            name = ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
-            raise ValueError(f"{name}: the weights hold NaN or infinite values: fetch the model again")
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 of configuration and weights, block by block, each read by one of the processes.
+
+    Raises ValueError naming an array with NaN or infinities.
+    """
+    digests, owners = [], [index % spread.count() for index in range(model.config.layers)]
+    for index, block in enumerate(model.params["blocks"]):
+        mine = owners[index] == spread.rank()
+        digests.append(_digest(f"blocks.{index}.", block) if mine else bytes(32))
+    rows = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+    rest = _digest("", {name: value for name, value in model.params.items() if name != "blocks"})
+    return files.sha256(repr(model.config).encode() + rest + spread.exchange(rows, owners).tobytes())
+
+
+def _digest(prefix: str, arrays: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        if not np.isfinite(array).all():
+            raise ValueError(f"{prefix}{name}: the weights hold NaN or infinite values: fetch the model again")
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.digest()
 
 
 def identity(config: RunConfig, model: Model, tokens: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
     """What a run must share with the one it resumes: every setting, and the SHA-256 of all that goes in."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for leaf in jax.tree.leaves(model.params):
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
-    return {"config": report.plain(config), "model_sha256": digest.hexdigest(),
+    return {"config": report.plain(config), "model_sha256": fingerprint(model),
             "tokenizer_sha256": files.sha256(model.tokenizer.to_str().encode()),
             "calibration_sha256": files.sha256(tokens), "evaluation_sha256": files.sha256(held_out)}
-
-
-class Run:
-    """The output directory of one run: what is finished, and where the next part goes."""
-
-    def __init__(self, out: Path, identity: dict[str, Any]):
-        self.out, self.identity, self.work = out, identity, out / "unfinished"
-        dense = identity["config"]["activations"] == "dense"
-        inputs = [identity["model_sha256"], identity["calibration_sha256"]]
-        self.moments_hash = report.config_hash(inputs if dense else identity)
-        known = self._read(self.work / "run.json")
-        if known is None and (out / artifact.MANIFEST).exists():
-            known = artifact.read_manifest(out)["run"]
-        if known is None and out.exists() and not self._empty():
-            raise ValueError(f"{out} exists and holds something else: choose another --out")
-        if known is not None and known != identity:
-            raise ValueError(f"{out} belongs to another run ({_difference(known, identity)}): choose another --out, or "
-                             "remove it to start over")
-        if not self._read(out / "report.json"):
-            self.work.mkdir(parents=True, exist_ok=True)
-            files.write_json(self.work / "run.json", identity)
-
-    def _empty(self) -> bool:
-        """Whether there is nothing but, at most, the traces of a run cut off before it had written anything."""
-        traces = {self.work, self.work / "run.json.tmp"}
-        return self.out.is_dir() and set(self.out.rglob("*")) <= traces
-
-    def _read(self, path: Path) -> Any:
-        return files.read_json(path) if path.is_file() else None
-
-    def report(self) -> dict[str, Any] | None:
-        """The report, if this run is finished; its directory of unfinished work is removed."""
-        if self.complete() and (done := self._read(self.out / "report.json")) is not None:
-            shutil.rmtree(self.work, ignore_errors=True)
-            return done
-        return None
-
-    def complete(self) -> bool:
-        """Whether the artifact is whole (its report may still be missing)."""
-        return (self.out / artifact.MANIFEST).is_file()
-
-    def recall(self, name: str) -> Any:
-        """A record kept by ``remember``, or None."""
-        return self._read(self.work / f"{name}.json")
-
-    def remember(self, name: str, value: Any) -> None:
-        """Keep a record for a later start."""
-        files.write_json(self.work / f"{name}.json", report.plain(value))
-
-    def records(self) -> list[dict[str, Any]]:
-        """What was recorded of each layer, in order."""
-        rows = {path: self.recall(path) for path in artifact.read_manifest(self.out)["layers"]}
-        if missing := [path for path, row in rows.items() if row is None]:
-            raise ValueError(f"{self.work}: the record of {missing[0]} is gone, and the report needs it: remove "
-                             f"{self.out} and start again (the model itself is whole: `caldera eval {self.out}`)")
-        return [{name: value for name, value in row.items() if name != "meta"} for row in rows.values()]
-
-    def layer(self, path: str) -> CompressedLinear | None:
-        """A finished layer; None where there is none, or where its file is damaged and it must be made again."""
-        try:
-            kept = self.recall(path)
-            return kept and artifact.layer_from(files.read_arrays(self.work / f"{path}.safetensors"), kept["meta"])
-        except (ValueError, KeyError) as error:
-            tqdm.write(f"{path}: kept, but not readable ({error}); compressing it again")
-            return None
-
-    def keep_layer(self, path: str, layer: CompressedLinear, row: dict[str, Any]) -> None:
-        """Write a finished layer: arrays first, and then the record that makes it count."""
-        files.write_arrays(self.work / f"{path}.safetensors", artifact.layer_arrays(layer))
-        self.remember(path, {**row, "meta": artifact.layer_meta(layer)})
-
-    def keep_block(self, index: int, block: dict[str, Any]) -> None:
-        """Write a block's file."""
-        files.write_arrays(self.out / artifact.block_file(index), artifact.block_arrays(block))
-
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write the report and drop the unfinished work."""
-        files.write_json(self.out / "report.json", summary)
-        shutil.rmtree(self.work)
-        return summary
-
-
-def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first setting that differs, in words."""
-    def flat(value, prefix=""):
-        if not isinstance(value, dict):
-            return {prefix: value}
-        parts = (flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
-        return {name: leaf for part in parts for name, leaf in part.items()}
-
-    a, b = flat(known), flat(wanted)
-    name = next(key for key in [*b, *a] if a.get(key, "absent") != b.get(key, "absent"))
-    return f"its {name.removeprefix('config.')} is {a.get(name, 'absent')!r}, this run's {b.get(name, 'absent')!r}"

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from caldera_jax import calibration
+from caldera_jax import calibration, spread
 from caldera_jax.models import llama
 from caldera_jax.models.llama import LlamaConfig, Params
 
@@ -18,22 +18,37 @@ def perplexity(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w 
     """exp of the mean negative log-likelihood of tokens 2 … s of each window, given the tokens before them in it.
 
     Windows do not overlap and no BOS is added: w (s − 1) predictions.  Block by block, so that one block's weights are
-    on the device at a time.  Raises ValueError for windows of fewer than two tokens, or a loss that is not finite.
+    on a device at a time; of several processes each takes its own shards of the windows, and all must call this.
+    Raises ValueError for windows of fewer than two tokens, or a loss that is not finite.
     """
     if windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of at least 2 tokens, got {windows.shape[1]}")
-    hidden = calibration.embed(config, params, windows)
-    for index, block in enumerate(tqdm(params["blocks"], title, disable=title is None, unit="block", leave=False)):
-        hidden = calibration.run_block(config, block, hidden, batch)
-        if not np.isfinite(hidden).all():
+    streams, quiet = calibration.embed(params, windows), title is None or spread.rank() > 0
+    for index, block in enumerate(tqdm(params["blocks"], title, disable=quiet, unit="block", leave=False)):
+        calibration.run_block(config, block, streams, batch)
+        if not all(np.isfinite(shard).all() for device in streams for shard in device):
             raise ValueError(f"blocks.{index}: its output holds NaN or infinite values: the weights overflow")
-    last = jax.device_put({name: value for name, value in params.items() if name != "blocks"})
-    losses = [np.asarray(_loss(config, last, hidden[i:i + 1], windows[i:i + 1]), np.float64)
-              for i in range(len(windows))]
-    total = np.concatenate(losses).sum()
+    losses = spread.exchange(_losses(config, params, streams, windows), spread.window_owners(len(windows)))
+    total = losses.astype(np.float64).sum()
     if not np.isfinite(total):
         raise ValueError("the loss is not finite: the head's weights overflow")
-    return float(np.exp(total / (windows.size - len(windows))))
+    return float(np.exp(total / losses.size))
+
+
+def _losses(config, params, streams, windows):
+    """Negative log-likelihood of each predicted token, [w, s - 1]; zeros for windows of other processes."""
+    losses = np.zeros((len(windows), windows.shape[1] - 1), np.promote_types(params["embed"].dtype, np.float32))
+    last = {name: value for name, value in params.items() if name != "blocks"}
+
+    def run(shards):
+        placed = jax.device_put(last)
+        for where, shard in shards:
+            for i, window in enumerate(range(where.start, where.stop)):
+                losses[window] = _loss(config, placed, shard[i:i + 1], windows[window:window + 1])[0]
+
+    own = spread.own_shards(len(windows))
+    spread.on_devices(run, [list(zip(*pair, strict=True)) for pair in zip(own, streams, strict=True)])
+    return losses
 
 
 @partial(jax.jit, static_argnums=0)

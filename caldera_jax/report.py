@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,12 +71,13 @@ class Clock:
 
     def __init__(self, stages: dict[str, dict[str, float]] | None = None):
         self.stages: dict[str, dict[str, float]] = dict(stages or {})  # of the process that this one goes on from
-        self.compiled = 0.0
+        self.compiling: dict[int, float] = {}  # seconds by thread
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, seconds: float, **_: Any) -> None:
         if event.endswith(("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")):
-            self.compiled += seconds
+            thread = threading.get_ident()
+            self.compiling[thread] = self.compiling.get(thread, 0.0) + seconds
 
     def add(self, name: str, seconds: float) -> None:
         """Seconds of a stage that was timed without ``stage``."""
@@ -84,25 +86,32 @@ class Clock:
         total["peak_memory_bytes"] = max(total["peak_memory_bytes"], peak_memory())
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, float]]:
-        """Time a part of the run; parts of the same name add up.  Yields the part's own record."""
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a part of the run; parts of the same name add up.  Compiling in several threads adds up, too."""
         _reset_peak()
-        start, compiled = time.perf_counter(), self.compiled
-        part = {"seconds": 0.0, "compile_seconds": 0.0}
+        start, compiled = time.perf_counter(), sum(self.compiling.values())
         try:
-            yield part
+            yield
         finally:
-            part["seconds"] = time.perf_counter() - start
-            part["compile_seconds"] = min(self.compiled - compiled, part["seconds"])
-            self.add(name, part["seconds"])
-            self.stages[name]["compile_seconds"] += part["compile_seconds"]
+            self.add(name, time.perf_counter() - start)
+            self.stages[name]["compile_seconds"] += sum(self.compiling.values()) - compiled
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds by stage, their total, and how much of it was compilation."""
-        by_stage = {name: round(stage["seconds"], 3) for name, stage in self.stages.items()}
-        compiling = sum(stage["compile_seconds"] for stage in self.stages.values())
-        return {**by_stage, "total": round(sum(by_stage.values()), 3), "compile": round(compiling, 3)}
+    @contextmanager
+    def part(self) -> Iterator[dict[str, float]]:
+        """Time what this thread does; yields the record, which is filled at the end."""
+        compiled = lambda: self.compiling.get(threading.get_ident(), 0.0)
+        start, before = time.perf_counter(), compiled()
+        record = {"seconds": 0.0, "compile_seconds": 0.0}
+        yield record
+        record["seconds"] = time.perf_counter() - start
+        record["compile_seconds"] = min(compiled() - before, record["seconds"])
+
+
+def seconds(stages: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Seconds by stage, their total, and how much of it was compilation."""
+    by_stage = {name: round(stage["seconds"], 3) for name, stage in stages.items()}
+    compiling = sum(stage["compile_seconds"] for stage in stages.values())
+    return {**by_stage, "total": round(sum(by_stage.values()), 3), "compile": round(compiling, 3)}
 
 
 def peak_memory() -> int:

@@ -212,13 +212,13 @@ def test_pip_is_preferred_then_uv_and_their_absence_explained(monkeypatch):
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("CALDERA_CACHE", str(tmp_path / "own"))
-    assert data._cache() == tmp_path / "own"
+    assert data.cache_directory() == tmp_path / "own"
     monkeypatch.delenv("CALDERA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data._cache() == tmp_path / "caldera_jax"
+    assert data.cache_directory() == tmp_path / "caldera_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data._cache() == tmp_path / ".cache" / "caldera_jax"
+    assert data.cache_directory() == tmp_path / ".cache" / "caldera_jax"
 
 
 @pytest.mark.parametrize(

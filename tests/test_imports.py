@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "caldera_jax"
-ORDER = ("files report kernels lattice codebooks hadamard hessian objective incoherence ldlq regression packing lplr "
-         "decompose linear models artifact calibration evaluate harness generate finetune allocate compress "
+ORDER = ("files report spread lattice packing hadamard kernels codebooks hessian objective incoherence ldlq regression "
+         "lplr decompose linear models artifact calibration evaluate harness generate finetune allocate run compress "
          "cli").split()
 
 

@@ -1,5 +1,6 @@
 """A random Llama of two blocks on disk, with a byte tokenizer, and text for it."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -8,13 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from caldera_jax.models import convert, llama
 
 CONFIG = llama.LlamaConfig(vocab=256, dim=24, layers=2, heads=2, kv_heads=1, head_dim=12, ffn_dim=40, context=64)
+SQUARE = dataclasses.replace(CONFIG, kv_heads=2, ffn_dim=24)  # every layer of one shape: one compilation
 WORDS = "the lattice code of each layer rounds its weights and feeds the error back into columns yet to come".split()
 
 
-def write_model(directory: Path) -> Path:
+def write_model(directory: Path, config: llama.LlamaConfig = CONFIG) -> Path:
     """A Hugging Face directory that ``convert.load`` reads."""
-    params = llama.init(jax.random.key(0), CONFIG)
-    convert.save_hf(directory, CONFIG, params)
+    convert.save_hf(directory, config, llama.init(jax.random.key(0), config))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,16 +1,18 @@
 """Files of dense models <-> (LlamaConfig, params): Hugging Face directories, GGUF files, hub ids and the built-ins.
 
-Arrays are NumPy arrays in the type of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32), so
-that the host holds the dense model and an accelerator only what is sent to it. Nothing is guessed: a tensor that is
-missing, left over or of the wrong shape, and any option of the model that ``llama`` does not compute, is a ValueError.
+Arrays are NumPy arrays in the type of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32).
+Embedding, last norm and head are read at once; a block is a ``weights.Block``, which reads a weight each time it is
+asked for it, so that a model need not fit in memory. Nothing is guessed: a tensor that is missing, left over or of the
+wrong shape, and any option of the model that ``llama`` does not compute, is a ValueError.
 """
 
 import json
+import mmap
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
@@ -20,6 +22,7 @@ from tokenizers import Tokenizer
 
 from caldera_jax.models import data, llama, tokenizer
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
+from caldera_jax.models.weights import Tensor, assemble
 
 # What the architectures' own configuration classes assume where config.json is silent.
 _DEFAULTS = {
@@ -45,7 +48,7 @@ _GGUF |= {name: f"blk.{{}}.{name}.weight" for name in ("attn_norm", "ffn_norm")}
 
 
 class Model(NamedTuple):
-    """A dense model on the host."""
+    """A model on the host; its ``params["blocks"]`` is a list of ``weights.Block``."""
 
     config: LlamaConfig
     params: Params
@@ -98,15 +101,15 @@ def from_hf(directory: str | Path) -> tuple[LlamaConfig, Params]:
     """config.json and model.safetensors (or its shards and their index) of a supported architecture."""
     directory = Path(directory)
     config = config_from_hf(_read_json(directory / "config.json"))
-    tensors = _read_safetensors(directory)
-    tensors = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = _open_safetensors(directory)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tied and {_HF["head"], _HF["embed"]} <= tensors.keys():
-        if not np.array_equal(tensors.pop(_HF["head"]), tensors[_HF["embed"]]):
+        if not np.array_equal(tensors.pop(_HF["head"]).read(), tensors[_HF["embed"]].read()):
             raise ValueError(
                 f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; "
                 "correct whichever of the two is wrong"
             )
-    return config, _assemble(config, _HF, tensors, str(directory))
+    return config, assemble(config, _HF, tensors, str(directory))
 
 
 def config_from_hf(raw: dict[str, Any]) -> LlamaConfig:
@@ -247,7 +250,7 @@ def _read_json(path):
     return content
 
 
-def _read_safetensors(directory):
+def _open_safetensors(directory):
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
@@ -258,10 +261,18 @@ def _read_safetensors(directory):
             raise ValueError(f"{directory}: no {file}. Only safetensors weights are read; download or convert them")
         try:
             with safe_open(directory / file, "np") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118
+                    header = opened.get_slice(name)
+                    read = partial(_read_safetensors, directory / file, name)
+                    tensors[name] = Tensor(tuple(header.get_shape()), header.get_dtype(), read)
         except SafetensorError as error:
             raise ValueError(f"{directory / file}: damaged safetensors file ({error}); download it again") from error
     return tensors
+
+
+def _read_safetensors(file, name):
+    with safe_open(file, "np") as opened:  # opened anew, so that no page of the file stays mapped
+        return opened.get_tensor(name)
 
 
 # ---- GGUF
@@ -277,28 +288,41 @@ def read_gguf(path: str | Path) -> GGUFReader:
 
 def from_gguf(reader: GGUFReader) -> tuple[LlamaConfig, Params]:
     """Config and params of a GGUF file of architecture ``llama``; the output is tied where output.weight is absent."""
-    tensors = {t.name: _dense(t) for t in reader.tensors}
-    factors = tensors.pop("rope_freqs.weight", None)
+    tensors = {t.name: Tensor(tuple(int(size) for size in reversed(t.shape)), "F16" if t.tensor_type.name == "F16"
+                              else "F32", partial(_dense, reader, t)) for t in reader.tensors}
     if _GGUF["embed"] not in tensors:
         raise ValueError(f"the GGUF file has no tensor {_GGUF['embed']!r}")
-    config = _config_from_gguf(reader, len(tensors[_GGUF["embed"]]), tied=_GGUF["head"] not in tensors, factors=factors)
-    params = _assemble(config, _GGUF, tensors, "the GGUF file")
-    for block in params["blocks"]:
-        block |= {"q": _pair_halves(block["q"], config.heads), "k": _pair_halves(block["k"], config.kv_heads)}
-    return config, params
+    factors = tensors.pop("rope_freqs.weight").read() if "rope_freqs.weight" in tensors else None
+    vocab = tensors[_GGUF["embed"]].shape[0]
+    config = _config_from_gguf(reader, vocab, tied=_GGUF["head"] not in tensors, factors=factors)
+    for part, heads in (("q", config.heads), ("k", config.kv_heads)):
+        for name in (_GGUF[part].format(i) for i in range(config.layers)):
+            if (tensor := tensors.get(name)) is not None:
+                tensors[name] = tensor._replace(read=partial(_pair_halves, tensor.read, heads))
+    return config, assemble(config, _GGUF, tensors, "the GGUF file")
 
 
-def _dense(tensor):
-    if tensor.tensor_type.name in ("F32", "F16"):
-        return np.array(tensor.data)
+def _dense(reader, tensor):
+    """The tensor as floating-point numbers, some rows at a time: dequantizing takes several times the result."""
+    data, kind = tensor.data, tensor.tensor_type
     try:
-        return dequantize(tensor.data, tensor.tensor_type)
+        if kind.name in ("F32", "F16"):
+            return np.array(data)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        value, step = np.empty(shape, np.float32), max(1, 2**20 // shape[-1])
+        for i in range(0, len(data), step):
+            value[i:i + step] = dequantize(data[i:i + step], kind)
+        return value
     except NotImplementedError as error:
-        raise ValueError(f"GGUF tensor {tensor.name}: type {tensor.tensor_type.name} cannot be dequantized") from error
+        raise ValueError(f"GGUF tensor {tensor.name}: type {kind.name} cannot be dequantized") from error
+    finally:
+        if isinstance(reader.data.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            reader.data.base.madvise(mmap.MADV_DONTNEED)  # the pages of the file count as memory of this process
 
 
-def _pair_halves(weight, heads):
+def _pair_halves(read, heads):
     """Rows from GGUF's rotary pairs (2i, 2i + 1) to Hugging Face's (i, i + e/2), head by head."""
+    weight = read()
     return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -341,31 +365,3 @@ def _llama3_scaling(factors, theta, head_dim):
     if factors.shape != plain.shape or not np.allclose(plain / scaled, factors, rtol=1e-4):
         raise ValueError("GGUF tensor rope_freqs.weight is not Llama 3's rope scaling, and no other is supported")
     return scaling
-
-
-# ---- both
-
-
-def _assemble(config, names, tensors, source) -> Params:
-    """The params tree from ``tensors`` (emptied on the way), every one of which must be used and of the right shape."""
-
-    def take(part, shape, *index):
-        name = names[part].format(*index)
-        if name not in tensors:
-            raise ValueError(f"{source}: tensor {name} is missing; the configuration asks for it with shape {shape}")
-        value = tensors.pop(name)
-        if value.shape != tuple(shape):
-            raise ValueError(f"{source}: tensor {name} has shape {value.shape}, the configuration asks for {shape}")
-        if value.dtype not in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16):
-            raise ValueError(f"{source}: tensor {name} is {value.dtype}; floating-point weights of 16+ bits are needed")
-        return value
-
-    parts = llama.shapes(config) | llama.vector_shapes(config)
-    table = (config.vocab, config.dim)
-    params = {"embed": take("embed", table), "norm": take("norm", (config.dim,))}
-    params |= {} if config.tied else {"head": take("head", table)}
-    params["blocks"] = [{p: take(p, shape, i) for p, shape in parts.items()} for i in range(config.layers)]
-    if tensors:
-        names = ", ".join(sorted(tensors)[:5])
-        raise ValueError(f"{source}: {len(tensors)} tensors that this architecture does not use: {names}, ...")
-    return params

@@ -57,12 +57,12 @@ TEXTS = {
 
 def fetch_model(name: str) -> Path:
     """The GGUF file of a built-in model, fetched into the cache at first use. ValueError for an unknown name."""
-    return _fetch(_source(MODELS, name, "model"), _cache())
+    return _fetch(_source(MODELS, name, "model"), cache_directory())
 
 
 def fetch_text(name: str) -> Path:
     """The compressed dump of a built-in text, fetched into the cache at first use. ValueError for an unknown name."""
-    return _fetch(_source(TEXTS, name, "text"), _cache())
+    return _fetch(_source(TEXTS, name, "text"), cache_directory())
 
 
 def load_text(name_or_path: str | Path) -> list[str]:
@@ -136,7 +136,8 @@ def _source(sources, name, kind):
     return sources[name]
 
 
-def _cache() -> Path:
+def cache_directory() -> Path:
+    """Where built-ins are kept: $CALDERA_CACHE, or caldera_jax in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("CALDERA_CACHE") or Path(base) / "caldera_jax").expanduser()
 

@@ -1,0 +1,69 @@
+"""Weights that stay in their files until they are asked for, so that a model need not fit in memory."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from caldera_jax.models import llama
+from caldera_jax.models.llama import LlamaConfig, Params
+
+
+class Tensor(NamedTuple):
+    """A tensor of a file: what its header says, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+class Block(Mapping):
+    """The weights of one block by name, each read from its file when asked for; nothing is kept. ``dict(block)``: all.
+
+    Call ``jax.tree`` functions on ``dict(block)``, or on ``whole(params)``: a Block itself is no pytree.
+    """
+
+    def __init__(self, read: dict[str, Callable[[], Any]]):
+        self._read = read
+
+    def __getitem__(self, name: str) -> Any:
+        return self._read[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+
+def whole(params: Params) -> Params:
+    """The params with every block in memory, as a pytree."""
+    return params | {"blocks": [dict(block) for block in params["blocks"]]}
+
+
+def assemble(config: LlamaConfig, names: dict[str, str], tensors: dict[str, Tensor], source: str) -> Params:
+    """The params tree from ``tensors`` (emptied on the way), every one of which must be used and of the right shape.
+
+    ``names``: part of the tree -> tensor, with ``{}`` for the block's index.  Embedding, norm and head are read.
+    """
+
+    def take(part, shape, *index):
+        name = names[part].format(*index)
+        if name not in tensors:
+            raise ValueError(f"{source}: tensor {name} is missing; the configuration asks for it with shape {shape}")
+        tensor = tensors.pop(name)
+        if tensor.shape != tuple(shape):
+            raise ValueError(f"{source}: tensor {name} has shape {tensor.shape}, the configuration asks for {shape}")
+        if tensor.dtype not in ("F16", "BF16", "F32", "F64"):
+            raise ValueError(f"{source}: tensor {name} is {tensor.dtype}; floating-point weights of 16+ bits needed")
+        return tensor.read
+
+    parts = llama.shapes(config) | llama.vector_shapes(config)
+    table = (config.vocab, config.dim)
+    rest = {"embed": take("embed", table), "norm": take("norm", (config.dim,))}
+    rest |= {} if config.tied else {"head": take("head", table)}
+    blocks = [Block({p: take(p, shape, i) for p, shape in parts.items()}) for i in range(config.layers)]
+    if tensors:
+        names = ", ".join(sorted(tensors)[:5])
+        raise ValueError(f"{source}: {len(tensors)} tensors that this architecture does not use: {names}, ...")
+    return {name: read() for name, read in rest.items()} | {"blocks": blocks}

@@ -1,0 +1,241 @@
+"""The same bytes however a run is spread; workers that die, fail or outlive the command; memory that does not grow."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from caldera_jax import artifact, calibration, files, spread
+from caldera_jax.models import convert
+
+SETTINGS = ["--rank", "0", "--q-bits", "3", "--quantizer", "uniform", "--factor-quantizer", "uniform",
+            "--rotation", "none", "--outer-iterations", "1", "--inner-iterations", "1", "--calibration-windows", "5",
+            "--calibration-window", "32", "--evaluation-windows", "3", "--evaluation-window", "32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a tiny model, its text, and a cache of compiled programs for all tests here."""
+    directory = tmp_path_factory.mktemp("spread")
+    tiny.write_text(directory / "text.txt")
+    tiny.write_model(directory / "model", tiny.SQUARE)
+    return directory
+
+
+def start(place, out, *more, devices=1, model="model"):
+    text = ["--calibration-text", str(place / "text.txt"), "--evaluation-text", str(place / "text.txt")]
+    command = [sys.executable, "-m", "caldera_jax.cli", "compress", str(place / model), "--out", str(out)]
+    environment = os.environ | {"CALDERA_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu", "XLA_FLAGS":
+                                f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen([*command, *SETTINGS, *text, *more], env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def run(*arguments, **more):
+    """Exit code, standard output and standard error, which must come without warnings."""
+    process = start(*arguments, **more)
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def weight_files(directory):
+    names = [*sorted(path.name for path in directory.glob("*.safetensors")), artifact.MANIFEST]
+    return {name: (directory / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """A run of one process: its directory; its Moments are kept."""
+    code, out, error = run(place, place / "alone", "--processes", "1", "--moments", str(place / "moments"))
+    assert code == 0 and "perplexity" in out, error
+    return place / "alone"
+
+
+# ---- the same bytes
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(2, 1), (0, 8)])
+def test_bytes_do_not_depend_on_processes_or_devices(place, alone, tmp_path, processes, devices):
+    moments = tmp_path / "moments"
+    code, out, error = run(place, tmp_path / "out", "--processes", str(processes), "--moments", str(moments),
+                           devices=devices)
+    assert code == 0 and out.count("perplexity") == 1, error
+    assert weight_files(tmp_path / "out") == weight_files(alone)
+    ours, theirs = ({path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+                    for folder in (moments, place / "moments"))
+    assert ours == theirs and len(ours) == 8
+    one, many = (files.read_json(folder / "report.json") for folder in (alone, tmp_path / "out"))
+    assert one["compressed_perplexity"] == many["compressed_perplexity"]
+    assert one["base_perplexity"] == many["base_perplexity"]
+    assert {row["process"] for row in many["layers"]} == set(range(many["processes"])) == set(range(processes or 1))
+    assert [row["error"] for row in many["layers"]] == [row["error"] for row in one["layers"]]
+    words = [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "/" not in line]
+    assert not words, words  # progress alone: no warning, no log
+
+
+def test_two_processes_calibrate_on_the_compressed_model_as_one_does(place, tmp_path):
+    found = []
+    for processes in ("1", "2"):
+        code, _, error = run(place, tmp_path / processes, "--activations", "compressed", "--processes", processes)
+        assert code == 0, error
+        found.append(weight_files(tmp_path / processes))
+    assert found[0] == found[1]
+
+
+# ---- ends that were not planned
+
+
+def running(process, out, layers):
+    """Wait until so many layers are finished; the processes of the workers."""
+    while len(list((out / "unfinished").glob("blocks.*.json"))) < layers:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
+
+
+@linux
+def test_a_killed_worker_ends_the_command_and_another_number_of_processes_finishes_with_the_same_bytes(
+        place, alone, tmp_path):
+    out = tmp_path / "out"
+    process = start(place, out, "--processes", "2")
+    workers = running(process, out, 1)
+    os.kill(workers[1], signal.SIGKILL)
+    killed = time.monotonic()
+    said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 10
+    assert process.returncode == 2 and "process 1 was ended by signal 9" in said.splitlines()[-1]
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+    code, _, error = run(place, out, "--processes", "1")
+    assert code == 0, error
+    assert weight_files(out) == weight_files(alone)
+
+
+@linux
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+                         ids=lambda end: end.name)
+def test_workers_never_outlive_the_command(place, tmp_path, end):
+    process = start(place, tmp_path / "out", "--processes", "2")
+    workers = running(process, tmp_path / "out", 1)
+    process.send_signal(end)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.05)
+
+
+def test_a_layer_that_fails_in_one_worker_is_named_in_one_line(place, alone, tmp_path):
+    folder = next((place / "moments").iterdir())
+    for file in folder.iterdir():
+        arrays = files.read_arrays(file)
+        if file.name == "moments_001_o.safetensors":
+            arrays["o.sum"] = np.full_like(arrays["o.sum"], np.nan)
+        (tmp_path / folder.name).mkdir(exist_ok=True)
+        files.write_arrays(tmp_path / folder.name / file.name, arrays)
+    code, _, error = run(place, tmp_path / "out", "--processes", "2", "--moments", str(tmp_path))
+    assert code == 2 and "blocks.1.o: the Hessian holds NaN" in error.splitlines()[-1]
+    assert error.count("caldera:") == 1
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--processes", "-1"], "must not be negative"),
+    (["--coordinator", "127.0.0.1:1"], "needs --processes N and --process-id"),
+])
+def test_wrong_numbers_of_processes_are_refused(place, tmp_path, flags, message):
+    code, _, error = run(place, tmp_path / "out", *flags)
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+# ---- memory
+
+
+def peak(place, name, blocks, *more):
+    wide = dataclasses.replace(tiny.SQUARE, layers=blocks, dim=384, ffn_dim=384, head_dim=192)
+    tiny.write_model(place / name, wide)
+    code, _, error = run(place, place / f"{name}_out", "--processes", "1", *more, model=name)
+    assert code == 0, error
+    return json.loads((place / f"{name}_out" / "report.json").read_text())["peak_memory_bytes"]
+
+
+@pytest.mark.parametrize("more", [["--blocks", "2"], pytest.param([], marks=pytest.mark.slow)], ids=["two", "all"])
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path, more):
+    """Twenty more blocks of 4.1 MB are 83 MB."""
+    tiny.write_text(tmp_path / "text.txt")
+    peak(tmp_path, "first", 2, *more)  # compiles
+    assert peak(tmp_path, "long", 25, *more) - peak(tmp_path, "short", 5, *more) < 20e6
+
+
+def test_a_block_is_read_when_it_is_asked_for_and_not_kept(place):
+    model = convert.load(place / "model")
+    block = model.params["blocks"][0]
+    assert block["q"] is not block["q"]
+    np.testing.assert_array_equal(block["q"], dict(block)["q"])
+    with pytest.raises(KeyError):
+        block["nothing"]
+
+
+# ---- the parts
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 1), (3, 2), (1, 8), (4, 4), (11, 1)])
+@pytest.mark.parametrize("windows", [1, 3, 8, 13, 64])
+def test_every_window_has_one_owner_and_the_sums_one_order(monkeypatch, processes, devices, windows):
+    monkeypatch.setattr(spread, "count", lambda: processes)
+    monkeypatch.setattr(spread.jax, "local_device_count", lambda: devices)
+    merge, owned, folded = lambda a, b: f"({a}{b})", [], []
+    for rank in range(processes):
+        monkeypatch.setattr(spread, "rank", lambda rank=rank: rank)
+        own = spread.own_shards(windows)
+        assert len(own) <= devices
+        owned += [rank for device in own for shard in device for _ in range(windows)[shard]]
+        parts = [spread.fold([str(list(range(windows)[shard])) for shard in device], merge) for device in own]
+        folded += [spread.fold(parts, merge)] if parts else []
+    assert owned == spread.window_owners(windows) and len(owned) == windows
+    shards = [str(list(range(windows * i // 8, windows * (i + 1) // 8))) for i in range(8)]
+    assert spread.fold(folded, merge) == spread.fold(shards, merge)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_layers_are_spread_evenly_and_each_has_one_worker(workers):
+    costs = [331.0, 110.0, 110.0, 331.0, 884.0, 884.0, 1475.0]
+    chosen = spread.assign([costs] * 30, workers)
+    load = [sum(c for group in chosen for c, w in zip(costs, group, strict=True) if w == i) for i in range(workers)]
+    assert sum(load) == 30 * sum(costs) and max(load) <= 1.05 * sum(load) / workers + 1475 * (workers > 4)
+    assert spread.assign([costs] * 30, workers) == chosen
+
+
+def test_work_on_devices_stops_where_a_part_fails(monkeypatch):
+    done = []
+
+    def work(items):
+        for item in items:
+            if item == "fails":
+                raise ValueError("this part")
+            done.append(item)
+            time.sleep(0.02)
+
+    monkeypatch.setattr(spread.jax, "local_devices", lambda: [None, None])
+    with pytest.raises(ValueError, match="this part"):
+        spread.on_devices(work, [range(500), ["fails"]])
+    assert len(done) < 100
+
+
+def test_moments_of_fewer_windows_than_shards_are_those_of_the_windows(place):
+    model = convert.load(place / "model")
+    tokens = np.random.default_rng(0).integers(0, 256, (3, 16)).astype(np.int32)
+    for (_, few), (_, one) in zip(calibration.collect(model.config, model.params, tokens),
+                                  calibration.collect(model.config, model.params, tokens.reshape(3, 16)), strict=True):
+        for name in few:
+            assert int(few[name].count) == 48
+            np.testing.assert_array_equal(few[name].sum, one[name].sum)
