@@ -37,7 +37,8 @@ Directory = Annotated[Path, tyro.conf.Positional]
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
-    """Who does the work; results do not depend on it."""
+    """Who does the work; results do not depend on it, but on the threads of a process: with ``processes=0`` on several
+    cores of a CPU sums are added in another order."""
 
     processes: int | None = None
     """Start so many local processes, each on one core; 0 works in this one, on all devices that JAX finds. Default: as
@@ -131,6 +132,8 @@ def start(workers: Workers, load: Callable[[], Loaded]) -> bool:
     processes = workers.processes
     if processes is not None and processes < 0:
         raise ValueError(f"--processes must not be negative, got {processes}")
+    if workers.process_id is not None and workers.coordinator is None:
+        raise ValueError("--process-id is for runs on several hosts: give --coordinator HOST:PORT, too")
     if workers.coordinator is None and processes != 0 and not (processes is None and spread.accelerated()):
         fit = spread.available_memory() // memory_need(load().config)
         spread.launch(sys.argv[1:], processes or max(1, min(len(spread.cores()), fit, 8)))

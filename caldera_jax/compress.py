@@ -134,9 +134,9 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
 
 
 def calibrated(folder: Path, blocks: int) -> bool:
-    """Whether the Moments of so many blocks are all there; each file is written whole."""
+    """Whether the Moments of so many blocks are all there, and none was cut off since."""
     names = sorted(set(llama.INPUT_OF.values()))
-    return all(calibration.spilled(folder, index, name).is_file() for index in range(blocks) for name in names)
+    return all(files.whole(calibration.spilled(folder, index, name)) for index in range(blocks) for name in names)
 
 
 def _calibrate(inputs: Iterator[tuple[int, dict[str, Any]]], folder: Path, group: Sequence[int]) -> None:
@@ -301,6 +301,8 @@ def _digest(prefix: str, arrays: Mapping[str, Any]) -> bytes:
 
 def identity(config: RunConfig, model: Model, tokens: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
     """What a run must share with the one it resumes: every setting, and the SHA-256 of all that goes in."""
-    return {"config": report.plain(config), "model_sha256": fingerprint(model),
+    given = {} if config.hessians is None else {"hessians_sha256": {
+        path.name: files.sha256(path) for path in sorted(Path(config.hessians).glob("*.pt"))}}
+    return {"config": report.plain(config), "model_sha256": fingerprint(model), **given,
             "tokenizer_sha256": files.sha256(model.tokenizer.to_str().encode()),
             "calibration_sha256": files.sha256(tokens), "evaluation_sha256": files.sha256(held_out)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 
@@ -32,6 +32,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: missing or not a safetensors file ({error})") from error
+
+
+def whole(path: Path) -> bool:
+    """Whether a safetensors file is there and as long as its header says."""
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -91,8 +91,8 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     """x @ weightᵀ in the dtype of x, for a dense [m, n] array or a compressed weight.
 
     A compressed weight is never put together: x is rotated, multiplied by Q and, beside it, by R and L, and rotated
-    back; lattice codes are decoded a few rows at a time (``kernels.matmul``).  Raises ValueError where the last axis of
-    x is not n.
+    back.  E8P codes of 2 and 4 bits with one scale are decoded a few rows at a time (``kernels.matmul``), a Q on
+    another grid as a whole.  Raises ValueError where the last axis of x is not n.
     """
     x, (m, n) = jnp.asarray(x), weight.shape
     if x.shape[-1] != n:
@@ -110,9 +110,9 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
 
 def _stages(grid: Codebook | None) -> tuple[float, ...] | None:
     """The weights of the E8P codewords that a code is the sum of, as ``kernels.matmul`` decodes them; None: another."""
-    if isinstance(grid, E8P) and grid.group is None:
+    if type(grid) is E8P and grid.group is None:  # a subclass may decode in its own way
         return (1.0,)
-    if isinstance(grid, ResidualE8P) and grid.bits == 4 and grid.group is None:
+    if type(grid) is ResidualE8P and grid.bits == 4 and grid.group is None:
         return (1.0, 1 / grid.residual_scale)
     return None
 

@@ -5,10 +5,12 @@ not: text is always divided into the same ``SHARDS``, whose sums are always adde
 compressed by one device alone.  Results travel byte for byte, in the order of the processes.
 """
 
+import concurrent.futures
 import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -156,6 +158,17 @@ def assign(groups: Sequence[Sequence[float]], workers: int) -> list[list[int]]:
     return chosen
 
 
+class _Stopped(Exception):
+    """Work elsewhere has failed."""
+
+
+def _until(failed: threading.Event, items: Iterable[T]) -> Iterator[T]:
+    for item in items:
+        if failed.is_set():
+            raise _Stopped
+        yield item
+
+
 def on_devices(function: Callable[[Iterator[Any]], T], work: Sequence[Iterable[Any]]) -> list[T]:
     """function(items) on local device i for the items of work[i], all at once; where one fails, the others stop."""
     if len(work) <= 1:
@@ -165,16 +178,21 @@ def on_devices(function: Callable[[Iterator[Any]], T], work: Sequence[Iterable[A
     def run(device, items):
         try:
             with jax.default_device(device):
-                return function(item for item in items if not failed.is_set())
+                return function(_until(failed, items))
         except BaseException:
             failed.set()
             raise
 
     with ThreadPoolExecutor(len(work)) as pool:
+        futures = [pool.submit(run, device, items) for device, items in zip(jax.local_devices(), work, strict=False)]
         try:
-            return list(pool.map(run, jax.local_devices(), work))
+            concurrent.futures.wait(futures)
         finally:
             failed.set()  # an interrupt, too, ends them
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
+    return [future.result() for future in futures]
 
 
 # ---- starting and ending
@@ -185,6 +203,8 @@ def connect(coordinator: str, processes: int | None, process: int | None) -> Non
 
     Must come before any array is made.  Raises ValueError where the numbers are missing or do not fit.
     """
+    if coordinator != "auto" and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator is HOST:PORT of process 0, or auto; got {coordinator!r}")
     if coordinator != "auto" and (processes is None or process is None or not 0 <= process < processes):
         raise ValueError(f"--coordinator {coordinator} needs --processes N and --process-id from 0 to N - 1; got "
                          f"{processes} and {process}")
@@ -193,7 +213,11 @@ def connect(coordinator: str, processes: int | None, process: int | None) -> Non
         threading.Thread(target=_end_with_parent, daemon=True).start()
         proxies = {name: os.environ.pop(name) for name in list(os.environ) if "_proxy" in name.lower()}
     if coordinator == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"--coordinator auto found no cluster ({error}): give HOST:PORT, --processes and "
+                             "--process-id") from error
     else:
         jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate")
     os.environ.update(proxies)  # they would be asked for the way to this very machine

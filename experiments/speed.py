@@ -291,7 +291,7 @@ def plot() -> None:
     import matplotlib.pyplot as plt
 
     slopes = growth()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 7.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     records = {n: files.read_json(path_of(n, n)) for n, _ in GROWTH}
     shown = [name for name in slopes if not name.startswith("apply dense")]
     for name, color in zip(shown, plt.get_cmap("tab20").colors, strict=False):
@@ -303,7 +303,7 @@ def plot() -> None:
     left.set(xlabel="n (m = n, rank n / 16)", ylabel="seconds", title="Measured, and as the arithmetic grows (dotted)")
     left.set_xticks(list(records), [str(n) for n in records])
     left.minorticks_off()
-    left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)  # below: it would hide the lines
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     last = records[GROWTH[-1][0]]
     names = list(last["operations"])
     place = np.arange(len(names))

@@ -27,7 +27,6 @@ RUNS = {
     "q2_k32_downdate": f"--rank 32 {FIVE} --downdate",
     "q2_k32_downdate_10_passes": f"--rank 32 {FIVE} --downdate --refine-passes 10",
     "q2_k32_sequential": f"--rank 32 {FIVE} --activations compressed",
-    "q2_k64_15": "",  # the default preset
 }
 
 

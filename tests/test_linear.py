@@ -15,7 +15,7 @@ import pytest
 
 import caldera_jax as cj
 from caldera_jax import incoherence, linear
-from caldera_jax.codebooks import quantize
+from caldera_jax.codebooks import by_bits, quantize
 from caldera_jax.lplr import LowRank
 
 KEY = jax.random.key(0)
@@ -230,6 +230,34 @@ def test_errors_of_compress_matrix_name_the_layer_and_the_remedy(w, h, config, s
         assert w.shape[1] != len(h) and "Type-check error" in str(error)
     else:
         pytest.fail("no error")
+
+
+def _random_layer(grid, m=24, n=16, scale=0.02):
+    """Q alone, of random codes."""
+    codes = np.random.default_rng(0).integers(0, 256, (m, n * grid.code_bits // 64), dtype=np.uint8)
+    part = linear.Packed(jnp.asarray(codes), jnp.full((1, 1), scale, jnp.float32))
+    return linear.CompressedLinear(part, None, None, (), (), (m, n), (grid, cj.Half(), cj.Half()))
+
+
+@pytest.mark.parametrize("grid", [cj.E8P(), by_bits("e8p", 4)])
+def test_half_precision_does_not_overflow_before_the_scale(grid):
+    """|x| |W| / scale is beyond float16 and |x| |W| is not."""
+    layer = _random_layer(grid)
+    x = jnp.zeros((2, 16), jnp.float16).at[0, 3].set(60000)
+    found = APPLY(layer, x)
+    assert found.dtype == jnp.float16 and np.isfinite(found).all()
+    wanted = np.asarray(x.astype(jnp.float32) @ layer.dense().T)
+    np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_a_grid_derived_from_e8p_keeps_its_own_decoder():
+    class Halved(cj.E8P):
+        def decode(self, codes, dtype=jnp.float32):
+            return super().decode(codes, dtype) / 2
+
+    layer, x = _random_layer(Halved()), jnp.asarray(matrices.gaussian(3, 16), jnp.float32)
+    np.testing.assert_allclose(APPLY(layer, x), x @ layer.dense().T, atol=1e-6)
+    np.testing.assert_allclose(2 * APPLY(layer, x), APPLY(_random_layer(cj.E8P()), x), atol=1e-6)
 
 
 SPREAD = """

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -151,6 +152,9 @@ def test_a_layer_that_fails_in_one_worker_is_named_in_one_line(place, alone, tmp
 @pytest.mark.parametrize(("flags", "message"), [
     (["--processes", "-1"], "must not be negative"),
     (["--coordinator", "127.0.0.1:1"], "needs --processes N and --process-id"),
+    (["--coordinator", "here", "--processes", "1", "--process-id", "0"], "HOST:PORT of process 0, or auto"),
+    (["--coordinator", "auto"], "found no cluster"),
+    (["--process-id", "0"], "give --coordinator HOST:PORT, too"),
 ])
 def test_wrong_numbers_of_processes_are_refused(place, tmp_path, flags, message):
     code, _, error = run(place, tmp_path / "out", *flags)
@@ -229,6 +233,26 @@ def test_work_on_devices_stops_where_a_part_fails(monkeypatch):
     with pytest.raises(ValueError, match="this part"):
         spread.on_devices(work, [range(500), ["fails"]])
     assert len(done) < 100
+
+
+def test_the_error_that_is_told_is_that_of_the_part_that_failed(monkeypatch):
+    """And not that of another one, which finds itself stopped before its first item and with nothing to add up."""
+    failing = threading.Event()
+
+    def work(items):
+        if (first := next(items)) == "fails":
+            failing.set()
+            raise ValueError("this part")
+        return spread.fold([first, *items], max)
+
+    def late():
+        failing.wait()
+        time.sleep(0.1)
+        yield from range(3)
+
+    monkeypatch.setattr(spread.jax, "local_devices", lambda: [None, None])
+    with pytest.raises(ValueError, match="this part"):
+        spread.on_devices(work, [late(), ["fails"]])
 
 
 def test_moments_of_fewer_windows_than_shards_are_those_of_the_windows(place):

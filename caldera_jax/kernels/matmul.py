@@ -101,21 +101,22 @@ def decode(part: Part, stages: Stages | None, width: int, dtype) -> Float[Array,
 def reference(x: Float[Array, "b n"], parts: Parts, stages, m: int) -> Float[Array, "b m"]:
     """``multiply`` in plain JAX, as a CPU runs it: no more than a few rows of Q are dense at a time."""
     q, left_t, right = parts
-    y = jnp.zeros((len(x), m), x.dtype) if q is None else _times(x, q, stages[0])
-    if left_t is None:
-        return y
-    return y + _times(x, right, stages[2]) @ decode(left_t, stages[1], m, x.dtype)
+    wide = jnp.dtype(jnp.float32) if x.dtype.itemsize < 4 else x.dtype  # of sums and of t, which half may overflow
+    y = jnp.zeros((len(x), m), wide) if q is None else _times(x, q, stages[0], wide)
+    if left_t is not None:
+        y = y + _times(x, right, stages[2], wide) @ decode(left_t, stages[1], m, wide)
+    return y.astype(x.dtype)
 
 
-def _times(x, part, stages):
-    """x Wᵀ for the rows W of a part.
+def _times(x, part, stages, wide):
+    """x Wᵀ for the rows W of a part, summed and returned in the dtype ``wide``.
 
     A tile of rows is decoded, about a mebibyte, and multiplied while it is in the cache; a gradient decodes it again.
     W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at least, since its product with fewer
     columns takes twice as long.
     """
     if stages is None:
-        return (part.astype(x.dtype) @ x.T).T
+        return jnp.matmul(part.astype(x.dtype), x.T, preferred_element_type=wide).T
     (b, n), rows, codes = x.shape, len(part.codes), _bytes(part, stages, x.shape[1])
     columns = 8 * -(-n // 8)
     x = jnp.pad(x, ((0, max(8 - b, 0)), (0, columns - n)))
@@ -123,8 +124,9 @@ def _times(x, part, stages):
     tiles = -(-rows * columns >> (18 if b < 64 else 20))
     tile = -(-rows // max(tiles, 1))
     codes = jnp.pad(codes, ((0, -rows % tile), (0, 0))).reshape(-1, tile, codes.shape[1])
-    y = lax.map(jax.checkpoint(lambda codes: _apart(codes, stages, x.dtype) @ apart), codes)
-    return y.reshape(-1, len(x))[:rows, :b].T * part.scale.astype(x.dtype)
+    product = lambda codes: jnp.matmul(_apart(codes, stages, x.dtype), apart, preferred_element_type=wide)
+    y = lax.map(jax.checkpoint(product), codes)
+    return y.reshape(-1, len(x))[:rows, :b].T * part.scale.astype(wide)
 
 
 def _bytes(part, stages, width):

@@ -309,6 +309,8 @@ def _dense(reader, tensor):
         if kind.name in ("F32", "F16"):
             return np.array(data)
         shape = tuple(int(size) for size in reversed(tensor.shape))
+        if len(shape) == 1:
+            return dequantize(data, kind)
         value, step = np.empty(shape, np.float32), max(1, 2**20 // shape[-1])
         for i in range(0, len(data), step):
             value[i:i + step] = dequantize(data[i:i + step], kind)
