@@ -18,11 +18,9 @@ from caldera_jax import hessian, incoherence, kernels
 from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, dequantize
 from caldera_jax.decompose import CalderaConfig, Decomposition, Trace, caldera
 from caldera_jax.incoherence import Rotation
-from caldera_jax.kernels.matmul import Coded, multiply
+from caldera_jax.kernels.matmul import Packed, multiply
 from caldera_jax.packing import pack as pack_codes
 from caldera_jax.packing import pack_signs, unpack, unpack_signs
-
-Packed = Coded  # a quantized matrix as it is stored: rows of packed codes, and scales
 
 
 @no_type_check

@@ -30,7 +30,7 @@ def _coded(bits, rows, width, seed):
         return _gaussian(rows, width, seed=seed, dtype=jnp.float16)
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 256, (rows, -(-width // 8) * bits), dtype=np.uint8)
-    return matmul.Coded(jnp.asarray(codes), jnp.asarray(rng.uniform(0.5, 2, (1, 1)), jnp.float32))
+    return matmul.Packed(jnp.asarray(codes), jnp.asarray(rng.uniform(0.5, 2, (1, 1)), jnp.float32))
 
 
 @cache
@@ -136,7 +136,7 @@ def _compressed():
 
 
 def _parts(layer):
-    return tuple(None if part is None else matmul.Coded(*part) for part in (layer.q, layer.left_t, layer.right))
+    return tuple(None if part is None else matmul.Packed(*part) for part in (layer.q, layer.left_t, layer.right))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -201,7 +201,7 @@ def test_encoder_lowers_for_tpu_and_cuda():
 @pytest.mark.parametrize(("b", "bits"), [(1, (2, 4, 4)), (512, (4, 16, 16))])
 def test_multiply_lowers_for_tpu_and_cuda(b, bits, dtype):
     m, n, k = 4096, 11008, 64
-    part = lambda bits, rows, width: jnp.zeros((rows, width), jnp.float16) if bits == 16 else matmul.Coded(
+    part = lambda bits, rows, width: jnp.zeros((rows, width), jnp.float16) if bits == 16 else matmul.Packed(
         jnp.zeros((rows, width * bits // 8), jnp.uint8), jnp.ones((1, 1), jnp.float32))
     parts = (part(bits[0], m, n), part(bits[1], k, m), part(bits[2], k, n))
     stages = tuple(STAGES[b] for b in bits)

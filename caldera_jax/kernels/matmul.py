@@ -48,14 +48,15 @@ ZERO = np.int32(0)  # a bare 0 is an int64 where x64 is on, which Mosaic refuses
 Stages = tuple[float, ...]  # weights of the E8P codewords whose sum a code stands for: (1,) or (1, 1 / 3.45)
 
 
-class Coded(NamedTuple):
-    """Rows of packed codes (uint8 bytes, or int32 words made by ``words``) and the scale of the whole matrix."""
+class Packed(NamedTuple):
+    """A quantized matrix as it is stored: rows of packed codes (uint8 bytes, or int32 words made by ``words``), and
+    scales, one [1, 1] or one a group [rows, groups]."""
 
     codes: UInt[Array, "rows bytes"] | Int32[Array, "rows words"]
-    scale: Float[Array, "1 1"]
+    scale: Float[Array, "_ _"]
 
 
-Part = Coded | Float[Array, "_ _"] | None  # packed, decoded already, or absent
+Part = Packed | Float[Array, "_ _"] | None  # packed, decoded already, or absent
 Parts = tuple[Part, Part, Part]  # rows of Q [m, n], of Lᵀ [k, m], of R [k, n]
 
 
@@ -64,9 +65,9 @@ def supported(x: Array, parts: Parts, stages: Sequence[Stages | None]) -> bool:
 
     The factors may be packed alike, or decoded (any grid: they are small).  Otherwise ``multiply`` is the reference.
     """
-    packed = [stage is None or (isinstance(part, Coded) and len(stage) in (1, 2) and part.scale.shape == (1, 1))
+    packed = [stage is None or (isinstance(part, Packed) and len(stage) in (1, 2) and part.scale.shape == (1, 1))
               for part, stage in zip(parts, stages, strict=True) if part is not None]
-    return x.dtype.itemsize in (2, 4) and x.size > 0 and isinstance(parts[0], Coded) and all(packed)
+    return x.dtype.itemsize in (2, 4) and x.size > 0 and isinstance(parts[0], Packed) and all(packed)
 
 
 def multiply(x: Float[Array, "b n"], parts: Parts, stages: tuple[Stages | None, Stages | None, Stages | None],
@@ -167,7 +168,7 @@ def pallas(x, parts: Parts, *, stages, m: int, platform: str = "tpu", interpret:
         t = jnp.matmul(x, right.astype(x.dtype).T, preferred_element_type=jnp.float32)
     else:
         t = run(x, right, stages[2], dtype=jnp.float32)[:, :len(right.codes)]
-    if isinstance(left_t, Coded) and len(stages[1]) == 2:
+    if isinstance(left_t, Packed) and len(stages[1]) == 2:
         t, left, left_stages = t * left_t.scale.astype(jnp.float32), words(left_t.codes), stages[1]
     else:
         left, left_stages = _pad(decode(left_t, stages[1], m, x.dtype), 1, 8), None
@@ -183,7 +184,7 @@ class _How(NamedTuple):
     precision: lax.PrecisionLike
 
 
-def _pass(x, coded: Coded, stages: Stages, t=None, left=None, left_stages=None, *, platform, interpret, dtype=None):
+def _pass(x, coded: Packed, stages: Stages, t=None, left=None, left_stages=None, *, platform, interpret, dtype=None):
     """x Wᵀ + tᵀ L for the rows W of ``coded``: [b, rows rounded up to a multiple of 8]."""
     (b, n), packed, dtype = x.shape, words(coded.codes), dtype or x.dtype
     if platform == "tpu" and x.dtype == jnp.float16:  # a TPU has bfloat16 only
