@@ -97,6 +97,14 @@ def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
             run_block(config, params["blocks"][index], streams)
 
 
+def of_block(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
+             index: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(W [m, n], H [n, n]) of every linear layer of one block, by the names of ``llama.LINEARS``: layers to study."""
+    *_, (_, moments) = collect(config, params, tokens, index + 1)
+    return {name: (np.asarray(params["blocks"][index][name]), np.asarray(moments[llama.INPUT_OF[name]].mean()))
+            for name in llama.LINEARS}
+
+
 def spilled(directory: Path, index: int, name: str) -> Path:
     """The file of one input's Moments."""
     return directory / f"moments_{index:03d}_{name}.safetensors"

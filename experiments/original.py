@@ -20,12 +20,12 @@ from caldera_jax import (
     calibration,
     compress_matrix,
     files,
-    rate_distortion_bits,
+    rate_gap,
     relative_error,
     report,
 )
 from caldera_jax.hessian import regularise
-from caldera_jax.models import convert, data, llama
+from caldera_jax.models import convert, data
 
 HERE = Path(__file__).parent
 BASE = dict(rank=32, outer_iterations=5, inner_iterations=10, damping=0.0)
@@ -42,10 +42,8 @@ def layers(block: int):
     """(name, W, H) of each linear layer of one block."""
     model = convert.load("smollm2-135m")
     tokens = data.token_windows(model.tokenizer, data.load_text("enwiki"), 512, 24)
-    moments = dict(calibration.collect(model.config, model.params, tokens, block + 1))[block]
-    for name in llama.LINEARS:
-        h = regularise(moments[llama.INPUT_OF[name]].mean(), 0.01)
-        yield f"{block}_{FILE_NAMES[name]}", jnp.asarray(model.params["blocks"][block][name]), h
+    for name, (w, h) in calibration.of_block(model.config, model.params, tokens, block).items():
+        yield f"{block}_{FILE_NAMES[name]}", jnp.asarray(w), regularise(jnp.asarray(h), 0.01)
 
 
 def measure(w, h, config: CalderaConfig) -> dict:
@@ -60,7 +58,7 @@ def measure(w, h, config: CalderaConfig) -> dict:
             first = [float(e) for e in trace.error]
     bits, mean = layer.stored_bits / w.size, sum(errors) / KEYS
     return {"error": mean, "errors": errors, "half_step_errors": first, "bits_per_weight": bits,
-            "rate_gap_bits": bits - rate_distortion_bits(mean, h), "seconds": min(seconds)}
+            "rate_gap_bits": rate_gap(bits, mean, w, h), "seconds": min(seconds)}
 
 
 def main(block: int = 14) -> None:

@@ -55,27 +55,76 @@ def test_shapes_that_do_not_fit_are_refused_with_what_is_needed():
 
 
 def test_a_white_source_costs_half_a_log_of_its_signal_to_noise_ratio():
+    w = matrices.gaussian(9, 6)
     for relative in (0.5, 0.1, 0.01):
-        np.testing.assert_allclose(cj.rate_distortion_bits(relative, np.eye(6)), -np.log2(relative), rtol=1e-9)
+        np.testing.assert_allclose(cj.rate_distortion_limit(relative, w, np.eye(6)), -np.log2(relative), rtol=1e-9)
 
 
+@pytest.mark.parametrize("sources", ["white", "own"])
 @pytest.mark.parametrize("kind", ["geometric", "power", "spiked", "deficient"])
-def test_reverse_water_filling_meets_its_distortion_with_every_active_eigenvalue_above_the_level(kind):
-    h = matrices.hessian(kind, 12)
-    spectrum = np.clip(np.linalg.eigvalsh(h), 0, None)
+def test_reverse_water_filling_meets_its_distortion_at_the_level_found_by_search(kind, sources):
+    w, h = matrices.decaying(8, 12), matrices.hessian(kind, 12)
+    spectrum, vectors = np.linalg.eigh(h)
+    spectrum = np.clip(spectrum, 0, None)
+    along = np.mean((w @ vectors) ** 2, axis=0)
+    variances = spectrum * (along if sources == "own" else along.mean())
     for relative in (0.6, 0.2, 0.05):
-        levels = np.geomspace(1e-8, spectrum.max(), 200001)  # by search over the water level
-        distortion = np.minimum.outer(levels[::100], spectrum).sum(1)
-        level = np.interp(relative**2 * spectrum.sum(), distortion, levels[::100])
-        wanted = 0.5 * np.log2(np.maximum(spectrum, level) / level).sum() / 12
-        np.testing.assert_allclose(cj.rate_distortion_bits(relative, h), wanted, rtol=2e-2, atol=1e-3)
+        low, high = 0.0, variances.max()
+        for _ in range(200):
+            level = (low + high) / 2
+            covered = np.minimum(variances, level).sum() > relative**2 * (spectrum @ along)
+            low, high = (low, level) if covered else (level, high)
+        wanted = 0.5 * np.log2(np.maximum(variances, high) / high).sum() / 12
+        found = cj.rate_distortion_limit(relative, w, h, sources)
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+        if found:
+            np.testing.assert_allclose(cj.rate_distortion_error(found, w, h, sources), relative, rtol=1e-9)
+            np.testing.assert_allclose(cj.rate_gap(2.5, relative, w, h, sources), 2.5 - found, rtol=1e-12)
 
 
-def test_rate_falls_with_the_error_to_zero_at_one_and_ignores_the_scale_of_h():
-    h = matrices.hessian("geometric", 12)
-    rates = [cj.rate_distortion_bits(r, h) for r in (0.01, 0.1, 0.3, 0.9, 1.0, 2.0)]
+def test_rate_falls_with_the_error_to_zero_at_one_and_ignores_the_scales_of_w_and_h():
+    w, h = matrices.decaying(8, 12), matrices.hessian("geometric", 12)
+    rates = [cj.rate_distortion_limit(r, w, h, "own") for r in (0.01, 0.1, 0.3, 0.9, 1.0, 2.0)]
     assert np.all(np.diff(rates[:5]) < 0) and rates[4] == pytest.approx(0, abs=1e-9) and rates[5] == 0
-    np.testing.assert_allclose(cj.rate_distortion_bits(0.1, 1e6 * h), rates[1], rtol=1e-9)
+    np.testing.assert_allclose(cj.rate_distortion_limit(0.1, 3 * w, 1e6 * h, "own"), rates[1], rtol=1e-9)
+
+
+def test_knowing_where_w_has_its_energy_never_costs_bits_at_a_given_distortion():
+    w, h = matrices.decaying(8, 12), matrices.hessian("flat", 12)  # H = I: any eigenvectors, so only W's energy counts
+    h = h + np.diag(np.linspace(0, 1e-9, 12))
+    for relative in (0.5, 0.1, 0.02):
+        own, white = (cj.rate_distortion_limit(relative, w, h, s) for s in ("own", "white"))
+        assert own < white
+
+
+def test_unknown_sources_are_refused():
+    with pytest.raises(ValueError, match="'white' or 'own'"):
+        cj.rate_distortion_limit(0.1, np.eye(3), np.eye(3), "grey")
+
+
+def test_incoherence_is_1_for_constant_entries_and_largest_for_a_spike():
+    h = np.array([[2.0, 1.0], [1.0, 2.0]])  # eigenvectors (1, ±1) / √2
+    found = objective.incoherence(np.ones((3, 2)), h)
+    np.testing.assert_allclose(found, (1, 1), rtol=1e-12)
+    spike = np.zeros((3, 2))
+    spike[1, 1] = -7
+    found = objective.incoherence(spike, np.diag([1.0, 2.0]))
+    np.testing.assert_allclose(found, (np.sqrt(6), np.sqrt(2)), rtol=1e-12)
+    assert objective.incoherence(0 * spike, h).weight == 1
+
+
+@pytest.mark.parametrize("block", [1, 2, 8])
+def test_the_feedback_trace_is_that_of_the_block_ldl(block):
+    h = matrices.hessian("geometric", 16)
+    wanted = sum(np.trace(d) for d in oracles.block_ldl(h, block)[1])
+    np.testing.assert_allclose(objective.feedback_trace(h, block), wanted, rtol=1e-8)
+
+
+def test_the_bounds_are_their_formulas():
+    h = np.diag([1.0, 4.0])  # μ_H = √2, tr H^½ = 3
+    np.testing.assert_allclose(objective.ldlq_bound(h, 5, 0.25, 1), 5 * 2 * 0.25 / 2 * 9)
+    np.testing.assert_allclose(objective.ldlq_bound(h, 5, 0.25, 8, mu=1.0), 8 * 5 * 0.25 / 2 * 9)
+    np.testing.assert_allclose(objective.caldera_bound(h, 8, 4, 2, 3.0, 0.5), 8 * (32 / np.pi * 0.75**2 + 0.5))
 
 
 def test_bits_per_weight_is_a_quotient():
