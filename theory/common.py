@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 HERE = Path(__file__).parent
@@ -14,7 +16,11 @@ sys.path.append(str(HERE.parent / "tests"))
 
 from matrices import decaying, gaussian, heavy_tailed, hessian, orthogonal, with_spectrum  # noqa: E402, F401
 
-from caldera_jax import calibration, files, report  # noqa: E402
+from caldera_jax import CalderaConfig, HessianFactors, caldera, calibration, files, report  # noqa: E402
+from caldera_jax import incoherence as rotations  # noqa: E402
+from caldera_jax.codebooks import by_bits, quantize  # noqa: E402
+from caldera_jax.decompose import Trace  # noqa: E402
+from caldera_jax.hessian import factor  # noqa: E402
 from caldera_jax.models import convert, data, llama  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
@@ -40,6 +46,50 @@ def layers(block: int = 14) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     arrays = {key: value.astype(np.float64) for key, value in files.read_arrays(path).items()}
     scaled = lambda h: (h + h.T) / (2 * np.mean(np.diag(h)))
     return {name: (arrays[f"{name}.w"], scaled(arrays[f"{name}.h"])) for name in llama.LINEARS}
+
+
+class Parts(NamedTuple):
+    """W ≈ Q + L R in the rotated basis with W of mean square 1, and what the bounds need besides."""
+
+    w: np.ndarray
+    q: np.ndarray
+    lr: np.ndarray
+    factors: HessianFactors
+    trace: Trace
+
+    @property
+    def e(self) -> np.ndarray:
+        """E = Q + L R − W."""
+        return self.q + self.lr - self.w
+
+    @property
+    def energy(self) -> float:
+        """tr(W H Wᵀ) for the undamped H."""
+        return float(np.sum((self.w @ self.factors.h) * self.w))
+
+
+def decompose(seed: int, w: np.ndarray, h: np.ndarray, config: CalderaConfig, dtype=np.float32) -> Parts:
+    """The package's pipeline up to packing, its parts left open: scale, rotate, factor, ``caldera``."""
+    w, q, lr, factors, trace = _decompose(jax.random.key(seed), w.astype(dtype), h.astype(dtype), config)
+    wide = lambda a: np.asarray(a, np.float64)
+    return Parts(wide(w), wide(q), wide(lr), HessianFactors(*map(wide, factors)), Trace(*map(wide, trace)))
+
+
+@partial(jax.jit, static_argnums=3)
+@jax.default_matmul_precision("highest")
+def _decompose(key, w, h, config):
+    rotate_key, key = jax.random.split(key)
+    w, h, _ = rotations.rotate(rotate_key, w / jnp.sqrt(jnp.mean(w**2)), h, config.rotation)
+    factors = factor(h, config.damping, config.block)
+    found, trace = caldera(key, w, factors, config)
+    zero = jnp.zeros_like(w)
+    return (w, found.q.values if found.q else zero, found.low_rank.dense() if found.low_rank else zero, factors, trace)
+
+
+def rounding_error(bits: int, seed: int = 0) -> float:
+    """c_B: mean squared error of the package's B-bit grid (as ``by_bits("e8p", B)``) on unit Gaussian numbers."""
+    x = jnp.asarray(gaussian(256, 1024, seed), jnp.float32)
+    return float(jnp.mean((quantize(by_bits("e8p", bits), x).values - x) ** 2))
 
 
 def run(file: str, config: Any, measure: Callable[[Any], dict[str, Any]], draw: Callable[[dict[str, Any]], Any]):
