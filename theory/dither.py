@@ -17,7 +17,7 @@ E tr(A H (L̂R̂ − LR)ᵀ) = 0: the error of Q adds to that of LR without a cr
 
 Assumptions.  H positive definite, u fresh for every entry.  Subtractive dither: any law of u whose characteristic
 function vanishes at 2πk/Δ, k ≠ 0 (Schuchman's condition; Gray and Stockham for both kinds) — the uniform one does.
-CALDERA's own theory (arXiv 2405.18886, Section 4) assumes the non-subtractive kind with variance <= Δ²/4.
+CALDERA's theory (arXiv 2405.18886) assumes the non-subtractive kind with variance <= Δ²/4.
 
 Proof.  Non-subtractive: up with probability f, so the mean error is f(1 − f) − (1 − f) f = 0 and the variance
 f(1 − f)² + (1 − f) f² = f(1 − f).  Subtractive: the error is (nearest − identity) at x + Δu, whose position is uniform
@@ -25,7 +25,15 @@ in a cell whatever x.  LDLQ: tr(E H Eᵀ) = Σ_j D_j ‖η_j‖² always; given 
 dither fresh, so E[‖η_j‖² | later] = Σ_rows variance + bias²: take expectations.  No independence of the η_j is needed.
 E Q = W: E η = 0 and E = η L⁻¹.  Product: E L̂ R̂ = E L̂ E R̂ if their dithers are independent.
 
-Verdict: exact where nothing is clipped; @VERDICT@
+Verdict: exact where nothing is clipped.  LDLQ 32 x 48 on Gaussian W, five spectra: over (m Δ²/4) tr D subtractive
+dither loses 0.329 to 0.337 (1/3 but for sampling) at every number of bits; the non-subtractive kind 0.65 to 0.68 from
+4 bits on (2/3) and up to 0.99 at 1 bit, so its factor 1/4 is tight (attained at H = I with W in the middles).
+Nearest rounding, whose 1/12 is an average and no bound, loses 1.2 to 2.8 times it at 1 bit.  Non-subtractive errors lie
+0.5 from the uniform law in Kolmogorov–Smirnov distance, subtractive ones 0.009 (critical 0.019, level 1e-6).
+  The bound needs |t_j| <= R: with R = 2 RMS it is off by a factor 94 to 254 at 8 bits.  With R = max |W| the feedback
+pushes up to 27 % of the targets out at 1 bit (|W| shrinks by up to 29 standard errors) and under 0.1 % from 4 bits on.
+  Coordinate descent after LDLQ rounds again at random, now at H_jj >= D_j a column: one pass at 4 bits multiplies
+the loss by 1 (flat) to 1.9 (geometric), where it lowers that of nearest rounding.
 """
 
 from dataclasses import dataclass
