@@ -101,8 +101,8 @@ def ldlq(w: Float[Array, "m n"], codebook: Codebook, factors: HessianFactors, re
     """Q near W on the codebook's grid with small tr((Q − W) H (Q − W)ᵀ), H = h + damping I; any m, n >= 1.
 
     Block LDLQ, then ``refine_passes`` passes of coordinate descent, each of which may raise the error of a lattice
-    quantizer (it rounds in the plain norm of the block) or a dithered one, unlike for nearest rounding on a scalar grid.
-    O(m n² (1 + passes)).
+    quantizer (it rounds in the plain norm of the block) or a dithered one, unlike for nearest rounding on a scalar
+    grid.  O(m n² (1 + passes)).
     """
     m, n = w.shape
     block = codebook.block
