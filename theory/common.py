@@ -22,6 +22,7 @@ from caldera_jax.codebooks import by_bits, quantize  # noqa: E402
 from caldera_jax.decompose import Trace  # noqa: E402
 from caldera_jax.hessian import factor  # noqa: E402
 from caldera_jax.models import convert, data, llama  # noqa: E402
+from caldera_jax.objective import proxy_loss  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 
@@ -46,6 +47,18 @@ def layers(block: int = 14) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     arrays = {key: value.astype(np.float64) for key, value in files.read_arrays(path).items()}
     scaled = lambda h: (h + h.T) / (2 * np.mean(np.diag(h)))
     return {name: (arrays[f"{name}.w"], scaled(arrays[f"{name}.h"])) for name in llama.LINEARS}
+
+
+def matrix(kind: str, m: int, n: int, seed: int = 0) -> np.ndarray:
+    """A [m, n] with the spectrum that ``hessian`` gives to H, or Gaussian."""
+    if kind == "gaussian":
+        return gaussian(m, n, seed)
+    return orthogonal(max(m, n), seed + 1)[:m, :n] @ hessian(kind, n, seed)
+
+
+def loss(e: np.ndarray, h: np.ndarray) -> float:
+    """tr(E H Eᵀ), as the package scores it."""
+    return float(proxy_loss(jnp.asarray(e), jnp.asarray(h)))
 
 
 class Parts(NamedTuple):

@@ -43,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import loss, matrix
 
 from caldera_jax import hadamard, lplr
 from caldera_jax import hessian as hessians
@@ -75,22 +76,11 @@ rank_constrained, proxy_loss = jax.jit(rank_constrained, static_argnums=2), jax.
 LATTICE = (2, 3, 4, 8, 16)
 
 
-def matrix(kind: str, m: int, n: int, seed: int = 0) -> np.ndarray:
-    """A [m, n], m >= n, with the spectrum that ``common.hessian`` gives to H, or Gaussian."""
-    if kind == "gaussian":
-        return common.gaussian(m, n, seed)
-    return common.orthogonal(max(m, n), seed + 1)[:m, :n] @ common.hessian(kind, n, seed)
-
-
 def closed_form(a, h, rank):
     """The optimal factors as arrays: L, R, and Σ_{i>k} σᵢ²."""
     root = np.linalg.cholesky(h)
     left, right = rank_constrained(jnp.asarray(a), jnp.asarray(root), rank)
     return np.asarray(left), np.asarray(right), loss(left @ right - a, h)
-
-
-def loss(e, h) -> float:
-    return float(proxy_loss(jnp.asarray(e), jnp.asarray(h)))
 
 
 def turned(left, right):

@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import matrix
 
 from caldera_jax import hessian
 from caldera_jax.codebooks import by_bits, quantize
@@ -65,11 +66,6 @@ class Config:
 
 lplr_factorize = jax.jit(lplr_factorize, static_argnums=(3, 4, 5, 6))
 rank_constrained = jax.jit(rank_constrained, static_argnums=2)
-
-
-def matrix(kind: str, m: int, n: int, seed: int = 0) -> np.ndarray:
-    """A [m, n], m >= n, with the spectrum that ``common.hessian`` gives to H."""
-    return common.orthogonal(m, seed + 1)[:, :n] @ common.hessian(kind, n, seed)
 
 
 def bound(sigma: np.ndarray, columns: int, rank: int) -> float:

@@ -44,9 +44,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import loss
 from scipy import optimize
 
-from caldera_jax.objective import proxy_loss
 from caldera_jax.regression import rank_constrained, rank_constrained_iteratively
 
 
@@ -85,11 +85,6 @@ def _eigen(h):
 def product(factors) -> np.ndarray:
     """L R in float64."""
     return np.asarray(factors.left, np.float64) @ np.asarray(factors.right, np.float64)
-
-
-def loss(e, h) -> float:
-    """tr(E H Eᵀ), as the package scores it."""
-    return float(proxy_loss(jnp.asarray(e), jnp.asarray(h)))
 
 
 def closed_form(a, root, rank) -> np.ndarray:
