@@ -279,7 +279,7 @@ def test_constructed_factors_are_orthogonal_and_flat_and_cosines_are_at_most_sqr
 
 @pytest.mark.parametrize("n", [64, 72])
 def test_without_signs_the_adversary_wins(n):
-    spike, h = jnp.asarray(WEIGHTS["spike"](n)), jnp.diag(1.0 + jnp.arange(n))
+    spike, h = jnp.asarray(WEIGHTS["spike"](n)), jnp.diag(jnp.arange(1.0, n + 1))
     rotated, turned, _ = incoherence.rotate(random.key(0), spike, h, "none")
     found = objective.incoherence(rotated, turned)
     assert found.weight > bound_weight(0.01, n, n) and found.hessian > bound_hessian(0.01, n)
@@ -287,7 +287,7 @@ def test_without_signs_the_adversary_wins(n):
     row = hadamard.inverse(jnp.eye(n)[3])  # flat; its bare transform is a spike
     worst = incoherence.rotate_weight(bare, jnp.outer(row, row))
     vectors = hadamard.inverse(jnp.eye(n))  # rows: the rows of T, which T takes to the axes
-    turned = incoherence.rotate_hessian(bare.right, (vectors.T * jnp.arange(1.0, n + 1)) @ vectors)
+    turned = incoherence.rotate_hessian(bare.right, vectors.T @ jnp.diag(jnp.arange(1.0, n + 1)) @ vectors)
     found = objective.incoherence(worst, turned)
     assert found.weight > bound_weight(0.01, n, n) and found.hessian > bound_hessian(0.01, n)
     signed, _, _ = incoherence.rotate(random.key(0), jnp.outer(row, row), jnp.eye(n))
