@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import math
 import os
 import platform
 import sys
@@ -12,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 import jax
 import tyro
+from tqdm import tqdm
 
-from caldera_jax import artifact, evaluate, files, spread
-from caldera_jax.compress import RunConfig, Tokens, memory_need, texts
+from caldera_jax import artifact, evaluate, explain, spread
+from caldera_jax.compress import RunConfig, Tokens, memory_need, recorded, texts
 from caldera_jax.compress import compress as run_compress
 from caldera_jax.decompose import CalderaConfig
 from caldera_jax.models import convert, data
@@ -188,13 +190,12 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
     """
     if start(workers, lambda: artifact.load(directory)):
         return
-    run = artifact.read_manifest(directory)["run"]["config"]
-    ours, theirs = (Tokens(**{k: v for k, v in run[part].items() if k != "kind"})
-                    for part in ("calibration", "evaluation"))
+    config = recorded(artifact.read_manifest(directory)["run"]["config"])
+    ours, theirs = config.calibration, config.evaluation
     chosen = override(theirs, text=text, windows=windows, window=window)
     model = artifact.load(directory)
     if chosen.text in (ours.text, theirs.text):
-        _, tokens = texts(RunConfig(run["model"], calibration=ours, evaluation=chosen), model)
+        _, tokens = texts(dataclasses.replace(config, evaluation=chosen), model)
     else:  # of no concern to the calibration, whose text need not be on this machine
         tokens = data.token_windows(model.tokenizer, data.load_text(chosen.text), chosen.window, chosen.windows,
                                     "evaluation")
@@ -204,23 +205,45 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
               f"{chosen.text}")
 
 
-def inspect(directory: Directory) -> None:
-    """Show the layers of a compressed model: shape, rank, error, bits, seconds.
+def inspect(directory: Directory, theory: bool = False, moments: Path | None = None) -> None:
+    """Show the layers of a compressed model: shape, rank, error, bits, seconds; or error and bits beside the theory's.
 
     Args:
         directory: of the compressed model.
+        theory: compare every layer with what theory says of it. Errors are relative, against the undamped Hessian:
+            error, measured; floor, the least that any unrounded L R of this rank reaches beside this Q; ldlq, predicted
+            from the grid's rounding error; quip# and thm 4.1, the bounds of QuIP#'s and of CALDERA's theorem. Bits a
+            weight: bits, stored; limit, the least (rate-distortion) at this error for Gaussian weights; own, the same
+            for weights that are known to vary as these do along the Hessian's eigenvectors; gap, bits less limit.
+            Reads the base model and calibrates again: about as long as the run's calibration, and seconds a layer.
+        moments: with --theory, the directory given to `caldera compress --moments`: no calibration where it holds the
+            run's Moments.
     """
-    artifact.read_manifest(directory)
-    if not (directory / "report.json").is_file():
-        raise ValueError(f"{directory}: compressed, but not evaluated yet: start `caldera compress` again with the "
-                         "same arguments")
-    r = files.read_json(directory / "report.json")
+    if moments is not None and not theory:
+        raise ValueError("--moments is for --theory: add --theory, or leave --moments out")
+    r = explain.report_of(directory)
+    if theory:
+        return theory_table(directory, moments)
     print(f"{'layer':18s} {'m':>6s} {'n':>6s} {'rank':>5s} {'error':>8s} {'bits':>7s} {'damping':>8s} {'seconds':>8s}")
     for row in r["layers"]:
         m, n = row["shape"]
         print(f"{row['path']:18s} {m:6d} {n:6d} {row['rank']:5d} {row['error']:8.4f} {row['bits_per_weight']:7.4f} "
               f"{row['damping']:8.3g} {row['seconds']:8.2f}")
     print(table(r))
+
+
+def theory_table(directory: Path, moments: Path | None) -> None:
+    """A line a layer, each printed when it is found, and the mean gap."""
+    keep_programs()
+    titles, gaps, weights = ("error", "floor", "ldlq", "quip#", "thm 4.1", "limit", "own", "gap"), 0.0, 0
+    tqdm.write(f"{'layer':18s} {'rank':>5s} {'bits':>7s} " + " ".join(f"{title:>8s}" for title in titles))
+    for path, layer, w, h, row in explain.layers(directory, moments):
+        found = explain.of_layer(layer, w, h, row["damping"])
+        cells = " ".join(f"{'-' if math.isnan(x) else format(x, '.4f'):>8s}" for x in found)
+        tqdm.write(f"{path:18s} {layer.rank:5d} {layer.stored_bits / w.size:7.4f} {cells}")
+        gaps, weights = gaps + found.gap * w.size, weights + w.size
+    print(f"mean gap {gaps / weights:.4f} bits a weight above the rate-distortion limit; for the columns see "
+          "`caldera inspect --help`")
 
 
 def fetch(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("smollm2-135m", "enwiki")) -> None:

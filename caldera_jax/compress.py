@@ -67,6 +67,15 @@ class RunConfig:
             raise ValueError(f"perplexity needs windows of at least 2 tokens, got {self.evaluation.window}")
 
 
+def recorded(value: Any) -> Any:
+    """The inverse of ``report.plain``: the RunConfig that a manifest's ``run`` holds as ``config``."""
+    if isinstance(value, dict):
+        fields = {name: recorded(item) for name, item in value.items()}
+        kinds = {kind.__name__: kind for kind in (RunConfig, Tokens, CalderaConfig)} | artifact.GRIDS
+        return kinds[fields.pop("kind")](**fields) if "kind" in fields else fields
+    return tuple(recorded(item) for item in value) if isinstance(value, list) else value
+
+
 def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[str, Any]:
     """Calibrate, compress every linear layer of the chosen blocks, write the artifact, evaluate, write the report.
 
@@ -299,10 +308,14 @@ def _digest(prefix: str, arrays: Mapping[str, Any]) -> bytes:
     return digest.digest()
 
 
+def hessians_sha256(directory: str) -> dict[str, str]:
+    """SHA-256 of every file of released Hessians, by name."""
+    return {path.name: files.sha256(path) for path in sorted(Path(directory).glob("*.pt"))}
+
+
 def identity(config: RunConfig, model: Model, tokens: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
     """What a run must share with the one it resumes: every setting, and the SHA-256 of all that goes in."""
-    given = {} if config.hessians is None else {"hessians_sha256": {
-        path.name: files.sha256(path) for path in sorted(Path(config.hessians).glob("*.pt"))}}
+    given = {} if config.hessians is None else {"hessians_sha256": hessians_sha256(config.hessians)}
     return {"config": report.plain(config), "model_sha256": fingerprint(model), **given,
             "tokenizer_sha256": files.sha256(model.tokenizer.to_str().encode()),
             "calibration_sha256": files.sha256(tokens), "evaluation_sha256": files.sha256(held_out)}

@@ -20,14 +20,19 @@ from caldera_jax.models.convert import Model
 from caldera_jax.models.weights import Block
 
 
+def moments_hash(identity: dict[str, Any]) -> str:
+    """Name of the folder of kept Moments: of all that they depend on."""
+    dense = identity["config"]["activations"] == "dense"
+    inputs = [identity["model_sha256"], identity["calibration_sha256"]]
+    return report.config_hash(inputs if dense else identity)
+
+
 class Run:
     """The output directory of one run, which all its processes see: what is finished, and where the next part goes."""
 
     def __init__(self, out: Path, identity: dict[str, Any]):
         self.out, self.identity, self.work = out, identity, out / "unfinished"
-        dense = identity["config"]["activations"] == "dense"
-        inputs = [identity["model_sha256"], identity["calibration_sha256"]]
-        self.moments_hash = report.config_hash(inputs if dense else identity)
+        self.moments_hash = moments_hash(identity)
         if spread.rank() == 0:
             self._claim(identity)
         spread.barrier()
