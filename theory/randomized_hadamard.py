@@ -11,11 +11,11 @@ of size d, and blocks of coordinates want three (arXiv 2605.06014, of which the 
 
 Assumptions.  Independent fair signs, W and H fixed before they are drawn, flat T (|T_ij| = 1/√n).
 
-Proof.  One entry of V q, ‖q‖ = 1, is Σ_b T_ib s_b q_b, a Rademacher sum of variance Σ T_ib² q_b² = 1/n: by Hoeffding
-P(|(V q)_i| > t/√n) <= 2 exp(−t²/2); n² entries of n eigenvectors give μ_H.  W: the same on the right for all m n
-entries of W Vᵀ, at δ/2, gives |(W Vᵀ)_aj| <= ‖W_a‖ sqrt(2 log(4mn/δ)/n): its columns have norm at most
-‖W‖_F sqrt(2 log(4mn/δ)/n).  Given V, the same on the left at δ/2: |W'_ij| <= ‖(W Vᵀ)_j‖ sqrt(2 log(4mn/δ)/m).  The
-product is the claim.
+Proof (derived here: the lemma's statement was at hand, its full proof in the paper was not).  One entry of V q,
+‖q‖ = 1, is Σ_b T_ib s_b q_b, a Rademacher sum of variance Σ T_ib² q_b² = 1/n: by Hoeffding P(|(V q)_i| > t/√n) <=
+2 exp(−t²/2); n² entries of n eigenvectors give μ_H.  W: the same on the right for all m n entries of W Vᵀ, at δ/2,
+gives |(W Vᵀ)_aj| <= ‖W_a‖ sqrt(2 log(4mn/δ)/n): its columns have norm at most ‖W‖_F sqrt(2 log(4mn/δ)/n).  Given V,
+the same on the left at δ/2: |W'_ij| <= ‖(W Vᵀ)_j‖ sqrt(2 log(4mn/δ)/m).  The product is the claim.
   Marginals, derived here.  A spike becomes flat (±1 in units of the RMS): Kolmogorov distance Φ(1) − 1/2 = 0.341.  Two
 equal entries, e_0 + e_c, become 0 (half of the coordinates) and ±√2: 0.25.  A second transform sums d, or d/2, fair
 signs: a binomial, at distance 1/√(2πd), or 1/√(πd): the rate d^{-1/2} is attained.  But (Sylvester) the half that is
