@@ -33,11 +33,11 @@ leaves the tail; LR's rounding errors are taken as orthogonal to it.
 Verdict: predicts.  On the seven layers of block 14, ranks 16 to 64, five rounds: with 4-bit factors the sign is right
 in 18 of 21 cases, without passes after LDLQ and with ten.  The downdate harms q, k and gate by 11 to 84 % (with passes
 7 to 81 %), helps v, o and up by 1 to 9 % with ten passes, and changes down by less than 1 %.  With 16-bit factors it
-helps in all 42 cases, as predicted, by 2 to 25 %.  The error with the downdate is 0.96 to 1.00 of the predicted one with
+helps in all 42 cases, as predicted, by 2 to 25 %.  The error with the downdate is 0.96 to 1.00 of that predicted with
 16 bits and no passes, and 0.77 to 1.06 with 4 bits, low where LR is large.  Passes gain it 5 % more: they mend what Q
 loses on targets widened by a nearly singular H'.  On 72 made-up layers 62 signs are right; most misses are with flat
-H and 16 bits, where V moves during the loop.  At 7B width the authors' downdated runs are the better ones: (4) asks for
-φ below the share of Q's noise that k = n/16 directions repair, and is not contradicted; not measured here.
+H and 16 bits, where V moves during the loop.  At 7B width the authors' downdated runs are the better ones: (4) asks
+for φ below the share of Q's noise that k = n/16 directions repair, and is not contradicted; not measured here.
 """
 
 from dataclasses import dataclass
