@@ -1,0 +1,138 @@
+"""What the experiments share: a run is a frozen config and one JSON; what is finished is skipped; figures are of JSON.
+
+An experiment is a file with ``EXPERIMENT``: the paper's claim, the runs of each preset, what a run measures, and how
+all runs of a preset are drawn and judged.  ``run.py`` runs and draws them by name.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from caldera_jax import calibration, files, report
+from caldera_jax.models import convert, data
+
+HERE = Path(__file__).parent
+RESULTS, FIGURES = HERE / "results", HERE / "figures"
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment.
+
+    runs: preset ("full", "smoke") -> frozen configs, each with a ``seed``; a JSON each.  measure: config -> metrics.
+    draw: results -> a matplotlib figure.  verdict: results -> one sentence: what holds, by what margin, over how many
+    seeds.
+    """
+
+    name: str
+    claim: str
+    runs: Callable[[str], Sequence[Any]]
+    measure: Callable[[Any], Result]
+    draw: Callable[[list[Result]], Any]
+    verdict: Callable[[list[Result]], str]
+
+
+def path_of(experiment: Experiment, preset: str, config: Any) -> Path:
+    """Where a run's JSON lies: results/NAME/PRESET_HASH.json."""
+    return RESULTS / experiment.name / f"{preset}_{report.config_hash(config)}.json"
+
+
+def run(experiment: Experiment, preset: str) -> None:
+    """Make every run of the preset that has no JSON yet; each is written when it is done, so a killed sweep goes on."""
+    missing = [config for config in experiment.runs(preset) if not path_of(experiment, preset, config).is_file()]
+    clock = report.Clock()
+    with tqdm(missing, experiment.name, disable=not missing, unit="run") as progress:
+        for config in progress:
+            before = dict(clock.stages.get("run", {"seconds": 0.0, "compile_seconds": 0.0}))
+            with clock.stage("run"):
+                found = experiment.measure(config)
+            total, compiling = (clock.stages["run"][key] - before[key] for key in ("seconds", "compile_seconds"))
+            (target := path_of(experiment, preset, config)).parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(target, {
+                **report.provenance(config, config.seed), "preset": preset, **found,
+                "seconds": {"compile": round(compiling, 3), "steady": round(total - compiling, 3)}})
+
+
+def collect(experiment: Experiment, preset: str) -> list[Result]:
+    """The results of a preset, in the order of its runs.
+
+    Raises ValueError where runs are missing, or where the folder holds runs of configurations that are no more.
+    """
+    paths = [path_of(experiment, preset, config) for config in experiment.runs(preset)]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise ValueError(f"{experiment.name}: {len(missing)} of {len(paths)} results of preset {preset!r} are missing "
+                         f"(the first: {missing[0].name}): python experiments/run.py {experiment.name} "
+                         f"--preset {preset}")
+    if stale := sorted(set(paths[0].parent.glob(f"{preset}_*.json")) - set(paths)):
+        raise ValueError(f"{experiment.name}: {len(stale)} results are of configurations that are no longer run (the "
+                         f"first: {stale[0]}): delete them")
+    return [files.read_json(path) for path in paths]
+
+
+def draw(experiment: Experiment, preset: str, target: Path | None = None) -> Path:
+    """Draw the results of a preset; figures/NAME.png for the full one."""
+    figure = experiment.draw(collect(experiment, preset))
+    target = target or FIGURES / (f"{experiment.name}.png" if preset == "full" else f"{experiment.name}_{preset}.png")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(partial_file := target.with_suffix(".part.png"), dpi=220)
+    os.replace(partial_file, target)
+    return target
+
+
+def source(name: str) -> str:
+    """What ``convert.load`` and ``caldera compress`` take for smollm2-135m, tiny, or tiny-smoke, trained here and now.
+
+    ValueError where the tiny model has not been trained: it takes half an hour.
+    """
+    if not name.startswith("tiny"):
+        return name
+    import train_tiny
+    if name == "tiny-smoke":
+        train_tiny.train(train_tiny.preset("smoke"))
+    return str(train_tiny.load_tiny("smoke" if name == "tiny-smoke" else "tiny"))
+
+
+@cache
+def model(name: str) -> convert.Model:
+    """The dense model of that name, loaded once."""
+    return convert.load(source(name))
+
+
+@cache
+def layers(name: str, block: int, text: str = "enwiki", windows: int = 24, window: int = 512,
+           part: str = "calibration") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(W, H) of the linear layers of one block, by name; H of so many windows of one half of a text, undamped."""
+    chosen = model(name)
+    documents = data.split(data.load_text(text))[0 if part == "calibration" else 1]
+    tokens = data.token_windows(chosen.tokenizer, documents, min(window, chosen.config.context), windows, part)
+    return calibration.of_block(chosen.config, chosen.params, tokens, block)
+
+
+def axes(columns: int = 1, rows: int = 1, height: float = 2.5):
+    """A figure of ``columns`` x ``rows`` panels, each legible at the width of a column in print."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 7, "axes.titlesize": 7, "legend.fontsize": 6, "lines.linewidth": 1,
+                            "lines.markersize": 3, "axes.grid": True, "grid.linewidth": 0.3, "legend.framealpha": 0.7})
+    figure, panels = pyplot.subplots(rows, columns, figsize=(3.4 * columns, height * rows), layout="constrained",
+                                     squeeze=False)
+    return figure, panels.ravel()
+
+
+def over_seeds(results: Sequence[Result], key: Callable[[Result], Any], value: Callable[[Result], float]
+               ) -> dict[Any, tuple[float, float, int]]:
+    """Mean, standard deviation and number of seeds of a value, by key."""
+    found: dict[Any, list[float]] = {}
+    for result in results:
+        found.setdefault(key(result), []).append(value(result))
+    return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}

@@ -1,0 +1,45 @@
+"""Run experiments by name, or all of them; draw their figures and print their verdicts from what is on the disk.
+
+    python experiments/run.py                     # everything that is missing, then every figure
+    python experiments/run.py outer --preset smoke
+    python experiments/run.py --draw              # figures and verdicts only, nothing is measured
+"""
+
+import importlib
+import sys
+from typing import Annotated, Literal
+
+import tyro
+from machinery import Experiment, collect, draw, run
+
+NAMES = ("spectra", "outer", "inner", "perplexity", "ablations")
+
+
+def experiment(name: str) -> Experiment:
+    """The experiment of a file; ValueError listing the known ones."""
+    if name not in NAMES:
+        raise ValueError(f"no experiment {name!r}: choose from {', '.join(NAMES)}")
+    return importlib.import_module(name).EXPERIMENT
+
+
+def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = (), preset: Literal["full", "smoke"] = "full",
+         draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False) -> None:
+    """Run what is missing, draw, and say what holds.
+
+    Args:
+        names: of experiments; none: all.
+        preset: full, or smoke (seconds, on a model that is trained in seconds).
+        draw_only: measure nothing.
+    """
+    for one in [experiment(name) for name in names or NAMES]:
+        if not draw_only:
+            run(one, preset)
+        drawn, verdict = draw(one, preset), one.verdict(collect(one, preset))
+        print(f"{one.name}: {drawn}\n  claim: {one.claim}\n  {verdict}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except ValueError as error:
+        sys.exit(f"run.py: {error}")

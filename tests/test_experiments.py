@@ -1,0 +1,104 @@
+"""The experiments' machinery: every run is one file, made once, and what is not there or no longer meant is named."""
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+sys.path.append(str(EXPERIMENTS))
+
+import machinery  # noqa: E402
+import run as runner  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run of the experiment below."""
+
+    x: int
+    seed: int = 0
+
+
+def made(calls: list[int], values=(1, 2, 3), fail_at: int | None = None) -> machinery.Experiment:
+    """x ↦ x², which counts its calls, and breaks down at one value."""
+    def measure(config):
+        if config.x == fail_at:
+            raise KeyboardInterrupt
+        calls.append(config.x)
+        return {"square": config.x**2}
+
+    return machinery.Experiment("squares", "squares are squares", lambda _: [Config(x) for x in values], measure,
+                                lambda results: None, lambda results: "holds")
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Results and figures of a test go to its own folder."""
+    monkeypatch.setattr(machinery, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(machinery, "FIGURES", tmp_path / "figures")
+    return tmp_path / "results"
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was_and_repeats_nothing(results):
+    calls: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        machinery.run(made(calls, fail_at=2), "full")
+    assert calls == [1]
+    machinery.run(made(calls), "full")
+    machinery.run(made(calls), "full")
+    assert calls == [1, 2, 3]
+    found = machinery.collect(made(calls), "full")
+    assert [r["square"] for r in found] == [1, 4, 9] and [r["config"]["x"] for r in found] == [1, 2, 3]
+
+
+def test_a_record_holds_config_hash_seed_versions_machine_and_seconds(results):
+    machinery.run(made([]), "full")
+    path = machinery.path_of(made([]), "full", Config(2))
+    found = json.loads(path.read_text())
+    assert path.stem == f"full_{found['config_hash']}" and found["config"] == {"kind": "Config", "x": 2, "seed": 0}
+    assert found["seconds"].keys() == {"compile", "steady"} and found["versions"]["jax"] and found["machine"]["cores"]
+
+
+def test_results_that_are_missing_or_of_another_configuration_are_named_with_what_to_do(results):
+    with pytest.raises(ValueError, match=r"squares: 3 of 3 results.*python experiments/run.py squares --preset full"):
+        machinery.collect(made([]), "full")
+    machinery.run(made([], values=(1, 2, 3, 4)), "full")
+    with pytest.raises(ValueError, match="1 results are of configurations that are no longer run.*delete them"):
+        machinery.collect(made([]), "full")
+    machinery.run(replace(made([]), runs=lambda _: [Config(9)]), "smoke")  # another preset is no concern of this one
+    with pytest.raises(ValueError, match="1 results are"):
+        machinery.collect(made([]), "full")
+
+
+def test_an_unknown_experiment_is_refused_and_the_known_ones_are_listed():
+    with pytest.raises(ValueError, match="no experiment 'outre': choose from .*outer"):
+        runner.experiment("outre")
+
+
+@pytest.mark.parametrize("name", runner.NAMES)
+def test_the_smoke_preset_runs_is_judged_and_drawn(name, results):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    experiment = runner.experiment(name)
+    machinery.run(experiment, "smoke")
+    target = machinery.draw(experiment, "smoke")
+    assert target.stat().st_size > 10_000
+    verdict = experiment.verdict(machinery.collect(experiment, "smoke"))
+    assert len(verdict) > 40 and "nan" not in verdict.lower()
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("name", runner.NAMES)
+def test_committed_results_are_those_of_the_full_preset_and_make_the_committed_figure(name):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    experiment = importlib.import_module(name).EXPERIMENT
+    if not list((machinery.RESULTS / name).glob("full_*.json")):
+        pytest.skip("not measured yet")
+    found = machinery.collect(experiment, "full")
+    assert all(r["config_hash"] and r["preset"] == "full" for r in found)
+    assert (machinery.FIGURES / f"{name}.png").is_file() and experiment.verdict(found)
+    assert all(panel.has_data() for panel in experiment.draw(found).axes)
+    pyplot.close("all")
