@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("caldera-jax", "jax", "jaxlib", "numpy", "scipy", "safetensors", "tokenizers", "gguf")
+PACKAGES = ("caldera-jax", "jax", "jaxlib", "numpy", "scipy", "optax", "orbax-checkpoint", "safetensors", "tokenizers",
+            "gguf")
 
 
 def plain(value: Any) -> Any:

@@ -57,18 +57,19 @@ def parts(preset: str) -> dict[str, dict[str, dict[str, Any]]]:
     splits = {f"{name} before Q": {"start": Split(p)} for name, p in (("none", 0), ("k/2", k // 2), ("all", k))}
     found = {
         "order": values("order", ("lr-first", "q-first")),
-        "outer iterations": values("outer_iterations", (1, 2, 5, 15, 30) if full else (1,)),
+        "outer iterations": values("outer_iterations", (1, 2, 5, 15, 30)),
         "inner iterations": values("inner_iterations", (0, 1, 10, 50)),
         "refine passes": values("refine_passes", (0, 1, 10)),
         "damping": values("damping", (0.0, 1e-4, 1e-3, 1e-2, 1e-1)),
         "svd": values("svd", ("exact", "randomized")),
         "rotation": values("rotation", ("hadamard", "orthogonal", "none")),
-        "calibration windows": values("windows", (1, 4, 24, 96) if full else (1,), 24),
+        "calibration windows": values("windows", (1, 4, 24, 96), 24),
         "calibration text": values("text", ("enwiki", "python"), "enwiki"),
         "start": starts,
         "one pass, rank divided": {"15 rounds" if full else "2 rounds": {}, **splits},
     }
-    left_out = () if full else ("inner iterations", "refine passes", "damping", "svd")
+    left_out = () if full else ("outer iterations", "inner iterations", "refine passes", "damping", "svd", "rotation",
+                               "calibration windows")
     return {part: variants for part, variants in found.items() if part not in left_out}
 
 

@@ -1,17 +1,21 @@
 """Run experiments by name, or all of them; draw their figures and print their verdicts from what is on the disk.
 
-    python experiments/run.py                     # everything that is missing, then every figure
+    python experiments/run.py                     # everything that is missing, scripts of their own too; every figure
     python experiments/run.py outer --preset smoke
     python experiments/run.py --draw              # figures and verdicts only, nothing is measured
 """
 
 import importlib
+import subprocess
 import sys
 from typing import Annotated, Literal
 
 import tyro
-from machinery import Experiment, collect, draw, run
+from machinery import HERE, RESULTS, Experiment, collect, draw, run
 
+SCRIPTS = {"train_tiny.py": "train_tiny_tiny_*.json", "original.py": "original_block14.json",
+           "whole_model.py": "whole_model_q2_k32_downdate_10_passes.json", "speed.py": "speed_summary.json",
+           "roofline.py": "roofline.json", "dry_run.py": "dry_run.json"}  # and the record that each writes last
 NAMES = ("spectra", "outer", "inner", "perplexity", "ablations")
 
 
@@ -20,6 +24,15 @@ def experiment(name: str) -> Experiment:
     if name not in NAMES:
         raise ValueError(f"no experiment {name!r}: choose from {', '.join(NAMES)}")
     return importlib.import_module(name).EXPERIMENT
+
+
+def script(draw_only: bool) -> None:
+    """Run each script whose record is missing; draw what those draw that have a figure."""
+    for name, record in SCRIPTS.items():
+        if not draw_only and not list(RESULTS.glob(record)):
+            subprocess.run([sys.executable, str(HERE / name)], check=True)
+    subprocess.run([sys.executable, str(HERE / "train_tiny.py"), "--draw"], check=True)
+    subprocess.run([sys.executable, str(HERE / "speed.py"), "--summary"], check=True)
 
 
 def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = (), preset: Literal["full", "smoke"] = "full",
@@ -31,6 +44,8 @@ def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = (), preset: L
         preset: full, or smoke (seconds, on a model that is trained in seconds).
         draw_only: measure nothing.
     """
+    if not names and preset == "full":
+        script(draw_only)
     for one in [experiment(name) for name in names or NAMES]:
         if not draw_only:
             run(one, preset)

@@ -12,8 +12,8 @@ again ends with the same bytes as one that was not: on the same machine, with th
 """
 
 import dataclasses
+import fcntl
 import hashlib
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -309,12 +309,27 @@ def _beside(config: Config, what: str) -> Path:
 def train(config: Config) -> dict[str, Any]:
     """The record of the finished model, which is trained, or trained to its end, where it is not there."""
     finished, unfinished = record_path(config), _beside(config, "training")
-    if not (directory(config).is_dir() and finished.is_file()):
-        unfinished.mkdir(parents=True, exist_ok=True)
-        with jax.enable_x64(False):  # float32 throughout, whatever the caller has chosen
-            files.write_json(finished, _train(config))
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with alone(config):
+        if not (directory(config).is_dir() and finished.is_file()):
+            unfinished.mkdir(exist_ok=True)
+            with jax.enable_x64(False):  # float32 throughout, whatever the caller has chosen
+                files.write_json(finished, _train(config))
+        shutil.rmtree(unfinished, ignore_errors=True)
     return files.read_json(finished)
+
+
+@contextmanager
+def alone(config: Config) -> Iterator[None]:
+    """Wait until no other process trains this model; the system frees the lock of a process that was killed."""
+    path = _beside(config, "lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is training {config.preset}: waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _train(config: Config) -> dict[str, Any]:
@@ -367,7 +382,6 @@ def describe(config: Config, state: State, text: Text, history: dict[str, Any], 
              perplexity: float) -> dict[str, Any]:
     """The record.  Bits per byte: bits of a predicted token over the mean bytes of a held-out token."""
     found = report.provenance(config, config.seed)
-    found["versions"] |= {name: importlib.metadata.version(name) for name in ("optax", "orbax-checkpoint")}
     tokens = config.steps * config.batch * config.window
     return {
         **found, "text_sha256": text.sha256, "text_tokens": {"training": len(text.train),

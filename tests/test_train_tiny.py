@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -137,6 +138,18 @@ def cut_short(folder: Path) -> None:
         path.write_bytes(b"")
 
 
+def test_a_second_one_waits_for_the_one_that_trains(config, home, monkeypatch, capsys):
+    """Threads stand for processes: each opens the lock for itself."""
+    monkeypatch.setattr(train_tiny, "_train", lambda _: {"of": "the second"})
+    with ThreadPoolExecutor() as pool:
+        with train_tiny.alone(config):
+            second = pool.submit(train_tiny.train, config)
+            while "waiting for it" not in capsys.readouterr().err:
+                assert not second.done()
+            assert not train_tiny.record_path(config).exists()
+        assert second.result(60) == {"of": "the second"}
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax ends with reads still open
 @pytest.mark.parametrize("harm", [damage, cut_short])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, trained, home, harm, capsys):
@@ -171,12 +184,13 @@ def test_what_a_kill_left_beside_the_finished_model_does_no_harm(config, trained
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
     same(config, train_tiny.train(config), trained)
-    assert [path.name for path in (home / "cache").iterdir()] == [train_tiny.directory(config).name]
+    name = train_tiny.directory(config).name
+    assert {path.name for path in (home / "cache").iterdir()} == {name, f"{name}_lock"}
 
 
 def test_finished_is_skipped(config, trained, home, monkeypatch):
     record, directory = trained
-    train_tiny.directory(config).parent.mkdir(parents=True)
+    (home / "cache").mkdir()
     train_tiny.directory(config).symlink_to(directory)
     files.write_json(train_tiny.record_path(config), record)
     monkeypatch.setattr(train_tiny, "_train", None)
