@@ -50,19 +50,21 @@ def measure(config: Config) -> Result:
 
 
 def verdict(results: Sequence[Result]) -> str:
-    """Energy in the k leading directions against that of white weights, and what Q is left with."""
-    rank = results[0]["config"]["caldera"]["rank"]
-    each = []
-    for layer in llama.LINEARS:
-        chosen = [r for r in results if r["config"]["layer"] == layer]
-        for model in dict.fromkeys(r["config"]["model"] for r in chosen):
-            r = next(r for r in chosen if r["config"]["model"] == model)
-            each.append((model, layer, r["share"], r["share_white"], r["share_weighted"]))
-    holds = sum(share > 1.5 * white for _, _, share, white, _ in each)
-    text = "; ".join(f"{model} {layer} {share:.2f} (white {white:.2f}, weighted by H {weighted:.2f})"
-                     for model, layer, share, white, weighted in each)
-    return (f"{rank} directions hold more than 1.5 times what they hold of white weights in {holds} of {len(each)} "
-            f"layers. Share of ‖W‖²_F: {text}.")
+    """Energy in the k leading directions against that of white weights, and Q's largest singular value against W's."""
+    rank, seeds = results[0]["config"]["caldera"]["rank"], len({r["seed"] for r in results})
+    each: dict[tuple[str, str], list[Result]] = {}
+    for r in results:
+        each.setdefault((r["config"]["model"], r["config"]["layer"]), []).append(r)
+    mean = lambda chosen, value: float(np.mean([value(r) for r in chosen]))
+    margin = {key: mean(v, lambda r: r["share"] / r["share_white"]) for key, v in each.items()}
+    flattened = {key: mean(v, lambda r: r["q"][0] / r["w"][0]) for key, v in each.items()}
+    share = lambda v, key: f"{mean(v, lambda r: r[key]):.2f}"
+    text = "; ".join(f"{model} {layer} {share(v, 'share')} ({share(v, 'share_white')} white; "
+                     f"{share(v, 'share_weighted')} of ‖W H^½‖²)" for (model, layer), v in each.items())
+    return (f"{'holds' if min(margin.values()) > 1 else 'does not hold'} over {seeds} seed(s), weakly where W alone is "
+            f"looked at: {rank} directions hold {min(margin.values()):.2f} to {max(margin.values()):.2f} times what they "
+            f"hold of white weights of that shape; Q's largest singular value is {min(flattened.values()):.2f} to "
+            f"{max(flattened.values()):.2f} of W's.\n  Shares of ‖W‖²_F: {text}.")
 
 
 def draw(results: Sequence[Result]):
@@ -72,7 +74,7 @@ def draw(results: Sequence[Result]):
     for panel, r in zip(panels, chosen, strict=True):
         for i, (key, label) in enumerate((("w", "W"), ("q", "Q"), ("lr", "L R"), ("white", "white W"),
                                           ("weighted", "W H^½"))):
-            panel.semilogy(np.arange(1, len(r[key]) + 1), r[key], f"C{i}", label=label)
+            panel.loglog(np.arange(1, len(r[key]) + 1), r[key], f"C{i}", label=label)
         config = r["config"]
         panel.set(xlabel="index", ylabel="singular value / Frobenius norm", ylim=(1e-4, 1),
                   title=f"{config['model']} {config['block']}.{config['layer']}, k = {config['caldera']['rank']}")
