@@ -61,10 +61,11 @@ def verdict(results: Sequence[Result]) -> str:
     share = lambda v, key: f"{mean(v, lambda r: r[key]):.2f}"
     text = "; ".join(f"{model} {layer} {share(v, 'share')} ({share(v, 'share_white')} white; "
                      f"{share(v, 'share_weighted')} of ‖W H^½‖²)" for (model, layer), v in each.items())
-    return (f"{'holds' if min(margin.values()) > 1 else 'does not hold'} over {seeds} seed(s), weakly where W alone is "
-            f"looked at: {rank} directions hold {min(margin.values()):.2f} to {max(margin.values()):.2f} times what they "
-            f"hold of white weights of that shape; Q's largest singular value is {min(flattened.values()):.2f} to "
-            f"{max(flattened.values()):.2f} of W's.\n  Shares of ‖W‖²_F: {text}.")
+    word = "holds" if min(margin.values()) > 1 else "does not hold"
+    return (f"{word} over {seeds} seed(s), weakly in W alone: {rank} directions hold {min(margin.values()):.2f} to "
+            f"{max(margin.values()):.2f} times what they hold of white weights of that shape; Q's largest singular value "
+            f"is {min(flattened.values()):.2f} to {max(flattened.values()):.2f} of W's.\n"
+            f"  Shares of ‖W‖²_F: {text}.")
 
 
 def draw(results: Sequence[Result]):
