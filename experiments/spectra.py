@@ -63,7 +63,7 @@ def verdict(results: Sequence[Result]) -> str:
                      f"{share(v, 'share_weighted')} of ‖W H^½‖²)" for (model, layer), v in each.items())
     word = "holds" if min(margin.values()) > 1 else "does not hold"
     return (f"{word} over {seeds} seed(s), weakly in W alone: {rank} directions hold {min(margin.values()):.2f} to "
-            f"{max(margin.values()):.2f} times what they hold of white weights of that shape; Q's largest singular value "
+            f"{max(margin.values()):.2f} times what they hold of white weights; Q's largest singular value "
             f"is {min(flattened.values()):.2f} to {max(flattened.values()):.2f} of W's.\n"
             f"  Shares of ‖W‖²_F: {text}.")
 
