@@ -45,16 +45,19 @@ def path_of(experiment: Experiment, preset: str, config: Any) -> Path:
 
 
 def run(experiment: Experiment, preset: str) -> None:
-    """Make every run of the preset that has no JSON yet; each is written when it is done, so a killed sweep goes on."""
+    """Make every run of the preset that has no JSON yet, each written when it is done: a killed sweep goes on, and
+    several processes may share one."""
     missing = [config for config in experiment.runs(preset) if not path_of(experiment, preset, config).is_file()]
     clock = report.Clock()
     with tqdm(missing, experiment.name, disable=not missing, unit="run") as progress:
         for config in progress:
+            if (target := path_of(experiment, preset, config)).is_file():
+                continue  # another process was here
             before = dict(clock.stages.get("run", {"seconds": 0.0, "compile_seconds": 0.0}))
             with clock.stage("run"):
                 found = experiment.measure(config)
             total, compiling = (clock.stages["run"][key] - before[key] for key in ("seconds", "compile_seconds"))
-            (target := path_of(experiment, preset, config)).parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(target, {
                 **report.provenance(config, config.seed), "preset": preset, **found,
                 "seconds": {"compile": round(compiling, 3), "steady": round(total - compiling, 3)}})
