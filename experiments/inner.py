@@ -86,7 +86,7 @@ def draw(results: Sequence[Result]):
                     panel.plot(chosen[0]["config"]["iterations"], over.mean(0), f"C{i}", marker="o",
                                linestyle=("-", "--", ":")[j], label=f"{bits} bits, k = {rank}")
         panel.set(xlabel="inner iterations", ylabel="error / unrounded error", title=place, xscale="symlog")
-        panel.legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
