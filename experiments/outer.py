@@ -60,8 +60,10 @@ def setting(result: Result) -> tuple[str, str, int, int]:
 
 def ratios(results: Sequence[Result]) -> dict[tuple[str, str, int], np.ndarray]:
     """Error over that of the plain loop at the same layer, rank, factor bits and seed: (variant, layer, bits) -> all of
-    them; and of the plain loop over rank 0 as the variant "rank"."""
+    them; and of the plain loop over rank 0 as "rank", over its first round as "rounds"."""
     known = {(*setting(r), r["seed"]): r["error"] for r in results}
+    first = {(setting(r)[0], *setting(r)[2:], r["seed"]): r["trace"][1] for r in results
+             if setting(r)[1] == "plain" and setting(r)[2]}
     out: dict[tuple[str, str, int], list[float]] = {}
     for (layer, variant, rank, bits, seed), error in known.items():
         if variant != "plain":
@@ -69,6 +71,7 @@ def ratios(results: Sequence[Result]) -> dict[tuple[str, str, int], np.ndarray]:
                 error / known[layer, "plain", rank, bits, seed])
         elif rank:
             out.setdefault(("rank", layer, bits), []).append(error / known[layer, "plain", 0, 4, seed])
+            out.setdefault(("rounds", layer, bits), []).append(error / first[layer, rank, bits, seed])
     return {key: np.array(values) for key, values in out.items()}
 
 
@@ -76,7 +79,8 @@ def verdict(results: Sequence[Result]) -> str:
     """A line for each claim of the figure."""
     found = ratios(results)
     lines = []
-    for variant, claim in (("rank", "L R lowers the error of Q alone"), ("downdate", "the downdate lowers the error"),
+    for variant, claim in (("rank", "L R lowers the error of Q alone"), ("rounds", "the outer iterations lower it"),
+                           ("downdate", "the downdate lowers the error"),
                            ("downdate, 10 passes", "so it does with ten passes after LDLQ"),
                            ("no rotation", "leaving the rotation out raises it")):
         chosen = {key: v for key, v in found.items() if key[0] == variant}
