@@ -72,7 +72,7 @@ def verdict(results: Sequence[Result]) -> str:
     each = "; ".join(f"{layer}, {bits} bits {np.mean(v):.0%} ({min(v):.0%} to {max(v):.0%})"
                      for (layer, bits), v in removed.items())
     return (f"{'holds' if rise < 1e-3 else 'does not hold'} over {seeds} seed(s), and matters on few layers: of what "
-            f"rounding L and R adds to the squared error {most} iterations remove, mean and range over ranks and seeds: "
+            f"rounding L and R adds to the squared error {most} iterations remove (mean, range over ranks and seeds) "
             f"{each}. No count of iterations is worse than a smaller one by more than {max(rise, 0):.0e} of the error.")
 
 
@@ -83,7 +83,8 @@ def draw(results: Sequence[Result]):
     for panel, layer in zip(panels, places, strict=True):
         for i, bits in enumerate(sorted({r["config"]["factor_bits"] for r in results})):
             for j, rank in enumerate(sorted({r["config"]["rank"] for r in results})):
-                chosen = [r for r in results if place(r) == layer and r["config"]["factor_bits"] == bits
+                chosen = [r for r in results if place(r) == layer
+                          and r["config"]["factor_bits"] == bits
                           and r["config"]["rank"] == rank]
                 if chosen:
                     over = np.array([np.array(r["trace"]) / r["unrounded"] for r in chosen])
