@@ -12,7 +12,7 @@ from jax import Array, lax
 from jaxtyping import Float, Key, UInt
 
 from caldera_jax.codebooks import Codebook, Quantized, fit_scale, pad_columns, spread
-from caldera_jax.hessian import HessianFactors
+from caldera_jax.hessian import HessianFactors, inverses
 
 Quantizer = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -84,7 +84,7 @@ def descent_feedback(h: Float[Array, "n n"], block: int) -> Float[Array, "n n"]:
     n = len(h)
     columns, blocks = h.reshape(n, -1, block), jnp.arange(n // block)
     diagonal = columns.reshape(-1, block, n // block, block)[blocks, :, blocks]
-    feedback = jnp.linalg.solve(diagonal, columns.transpose(1, 2, 0))  # [j, g, i]
+    feedback = inverses(diagonal) @ columns.transpose(1, 2, 0)  # [j, g, i]
     own = jnp.repeat(blocks, block)[None, None, :] == blocks[:, None, None]
     return jnp.where(own, 0, feedback).transpose(2, 0, 1).reshape(n, n)
 

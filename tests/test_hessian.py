@@ -10,6 +10,7 @@ import oracles
 import pytest
 
 from caldera_jax import hessian
+from caldera_jax.ldlq import descent_feedback
 
 DTYPES = (np.float32, np.float64)
 FACTOR = jax.jit(hessian.factor, static_argnums=(1, 2))
@@ -186,3 +187,19 @@ def test_identity_factors_are_the_identity(dtype):
     np.testing.assert_array_equal(f.root, np.eye(5))
     np.testing.assert_array_equal(f.lower, np.eye(8))
     assert float(f.damping) == 0 and bool(f.finite)
+
+
+@pytest.mark.parametrize("g", [1, 2, 8])
+def test_many_small_inverses_are_those_of_numpy(g):
+    draws = np.random.default_rng(g).standard_normal((50, g, 2 * g + 1))
+    positive = draws @ draws.transpose(0, 2, 1)
+    for blocks in (positive, np.linalg.cholesky(positive)):
+        found = np.asarray(hessian.inverses(jnp.asarray(blocks)))
+        error = np.max(np.abs(found @ blocks - np.eye(g)), axis=(1, 2))
+        assert np.all(error < 1e-14 * g * np.linalg.cond(blocks))  # ε · κ, without pivots stable for these
+
+
+def test_no_batched_lapack_call_is_left_that_could_wait_for_another_one():
+    root = jnp.eye(64)
+    for function in (lambda a: hessian.block_ldl(a, 8), lambda a: descent_feedback(a, 8)):
+        assert "lapack" not in jax.jit(function).lower(root).as_text()

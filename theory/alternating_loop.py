@@ -6,32 +6,34 @@ Statement (derived here, from Lemma 4.2 of arXiv 2405.18886).  f(Q, LR) = tr(E H
     that is on the grid already.
 (3) Q step: forgets Q.  f becomes tr(η D ηᵀ), η the new rounding errors of W − LR, whatever f was; so it rises where f
     was less, above all after an unrounded LR step, which leaves only a share τ < 1 of such an error.  Even with H = I a
-    grid whose scale is fitted again is no projection, and with other H LDLQ is not the closest lattice point.
-(4) Absorption.  With Q last f depends on LR through W − LR alone, and there (one fitted scale, no clipping) through its
-    mean square: noise Δ on LR costs ‖Δ‖²_F / ‖W − LR‖²_F of f, however H weighs it.  With LR last it costs tr(Δ H Δᵀ).
-    So the part rounded last absorbs what was lost before, and an LR rounded last is paid for in full.
+    grid whose scale is fitted to the mean square is no projection, and with other H LDLQ is not the closest point.
+(4) Absorption.  With Q last f depends on LR through W − LR alone, and its expectation (one fitted scale, no clipping)
+    through the mean square: noise Δ on LR, uncorrelated with W − LR, costs ‖Δ‖²_F / ‖W − LR‖²_F of f, however H weighs
+    it.  With LR last it costs tr(Δ H Δᵀ).  So the part rounded last absorbs what was lost before, and an LR rounded
+    last is paid for in full.
 (5) Memory.  W − Q_t = LR_t − E_t: after its first round the LR step sees no more of W than the last LR and the last
-    error.  Rounding that takes the share δ of LR's energy is not made good, ⟨LR_{t+1}, LR_t⟩ ≈ (1 − δ) ‖LR_t‖² in the
-    H-inner product, and W's energy leaks from LR into Q, where it costs c_B of itself, round by round.
+    error.  What rounding takes of LR, the share δ of its energy, is not given back along it: ⟨LR_{t+1}, LR_t⟩ ≈
+    (1 − δ) ‖LR_t‖² in the inner product of H, so ‖LR_{t+1}‖ may fall to (1 − δ) ‖LR_t‖.  Only what the fit takes of
+    E_t makes up for it; what is lost goes to Q, where it costs c_B of itself.
 (6) Descent.  f never rises if the LR step is unrounded, or keeps the last LR where the new one is worse, and the Q step
-    is coordinate descent from the last Q on a fixed scalar grid; for diagonal H nearest rounding on a fixed grid does
-    as well.  On a finite grid such a loop comes to rest after finitely many rounds.
+    is coordinate descent from the last Q on a fixed scalar grid; for diagonal H nearest rounding on such a grid does as
+    well.  On a finite grid f then comes to rest after finitely many rounds, for an LR step that depends on Q alone.
 
 Proof.  (1) LR_t is one of the competitors over which Lemma 4.2 minimises.  (3) The LDLQ identity holds for any target.
 (4) E L = η: Q rounds W − LR − Δ, and a grid fitted to the target's mean square has errors in proportion to it.
 (5) E_t = Q_t + LR_t − W.  A least-squares fit has ⟨A − LR, LR⟩ = 0, so ⟨A, LR_{t+1}⟩ = ‖LR_{t+1}‖² = ‖A‖² − (its loss)
-with A = LR_t − E_t, and what of the loss is not the tail of A is δ ‖LR_t‖².  The "≈": E_t is taken to be orthogonal to
-LR_t and LR_{t+1}, and the factor fitted last not to be rounded.
+with A = LR_t − E_t, and δ ‖LR_t‖² is what of the loss is not the tail of A; the norm then by Cauchy–Schwarz.  The "≈":
+the fit's part of E_t is left out, and the factor fitted last is taken as not rounded.
 (6) Each new entry of Q is the grid point nearest to the minimum of a parabola in that entry, so none raises f; and f,
 after the Q step, takes finitely many values on a finite grid.
 
 Verdict: the loop does not descend, and should not.  On the seven layers of block 14 at rank 32 every LR step after the
 first raises the error with 2-bit factors (98 of 98) and no Q step does; with 16-bit factors it is the other way round
 (0 and 98 of 98); with 4 bits 83 and 15.  The best iterate follows Q with 2 bits on all seven layers, in the first round
-on six: the other fourteen rounds are wasted, and LR's share of W falls to 0.71 of what it was.  With 4 bits it follows
-Q on six (all but value), 4.4 % below the first round; with 16 bits it follows LR on all seven, 17 % below.
-Forbidding rises (``cautious``) stops the loop in its first round on six of seven layers with 4 bits, and ends 3.0 %
-higher.
+on six: the other fourteen rounds are wasted, and LR's share of W's energy falls to 0.52 of what it was (4 bits:
+1.00, no leak; 16 bits: 1.09).  With 4 bits it follows Q on six (all but value), 4.4 % below the first round;
+with 16 bits it follows LR on all seven, 17 % below.  Keeping LR from rising (``cautious``) stops the loop in its first
+round on six of seven layers with 4 bits, 3.5 % higher there.
 """
 
 from dataclasses import dataclass
@@ -95,20 +97,19 @@ def loop(key, w, h, config: CalderaConfig, step=factorize_step):
 @partial(jax.jit, static_argnums=(3, 4))
 @jax.default_matmul_precision("highest")
 def memory(key, w, factors: hessian.HessianFactors, config: CalderaConfig, rounds: int):
-    """Round by round, LR first: ‖LR‖², ⟨LR, last LR⟩, δ ‖last LR‖² (all in the H-norm), f after the Q step, and the
-    largest entry of (W − Q) − (LR − E) with the Q and LR of the round before."""
-    energy = lambda a, b=None: jnp.sum((a @ factors.h) * (a if b is None else b))
+    """Round by round, LR first: ‖LR‖², ⟨LR, last LR⟩, δ ‖last LR‖² and f after the Q step, all for the damped H."""
+    h = factors.root @ factors.root.T
+    energy = lambda a, b=None: jnp.sum((a @ h) * (a if b is None else b))
 
     def step(state, key):
         q, last = state
         a = w - q
-        apart = jnp.max(jnp.abs(a - (last - (q + last - w))))
         lr_key, q_key = jax.random.split(key)
         new = factorize_step(lr_key, a, a @ factors.h, None, factors, config)
         lr = new.dense()
         tail = jnp.sum(jnp.linalg.svd(a @ factors.root, compute_uv=False)[config.rank:] ** 2)
         q = quantize_step(q_key, w - lr, new, factors, config).values
-        return (q, lr), (energy(lr), energy(lr, last), energy(lr - a) - tail, energy(q + lr - w), apart)
+        return (q, lr), (energy(lr), energy(lr, last), energy(lr - a) - tail, energy(q + lr - w))
 
     return jax.lax.scan(step, (jnp.zeros_like(w), jnp.zeros_like(w)), jax.random.split(key, rounds))[1]
 
@@ -156,9 +157,9 @@ def measure(config: Config) -> dict:
             trace, careful = (loop(jax.random.key(config.seed), *layer, chosen, step)
                               for step in (factorize_step, cautious))
             error, share = (np.asarray(a, np.float64) for a in (trace.error, trace.lr_share))
-            rows.append({"layer": name, "factor_bits": bits, "error": error.tolist(), "share": share[::2].tolist(),
-                         "cautious": np.asarray(careful.error, np.float64).tolist(), **rises(error),
-                         "first_round": float(error[1]), "least": float(error[1:].min()),
+            rows.append({"layer": name, "factor_bits": bits, "error": error.tolist(),
+                         "share": (share[::2] ** 2).tolist(), "cautious": np.asarray(careful.error).tolist(),
+                         **rises(error), "first_round": float(error[1]), "least": float(error[1:].min()),
                          "cautious_least": float(np.asarray(careful.error)[1:].min())})
         print(name, flush=True)
     return {"rows": rows, "drift": [drift(config, bits) for bits in config.spiked_bits], **counts(rows),
@@ -169,13 +170,12 @@ def drift(config: Config, bits: int) -> dict:
     """Energy of LR round by round as a share of W's, and Π (1 − δ), on the spiked W."""
     w, h = spiked(config.m, config.n, config.spiked_rank, config.share), common.hessian(config.spectrum, config.n)
     factors = hessian.factor(jnp.asarray(h), 0.01, 8)
-    energy = float(np.sum((w @ np.asarray(factors.h)) * w))
-    kept, along, lost, f, apart = (np.asarray(a) / energy for a in memory(
+    energy = float(np.sum((w @ np.asarray(factors.root)) ** 2))
+    kept, along, lost, f = (np.asarray(a) / energy for a in memory(
         jax.random.key(config.seed), jnp.asarray(w), factors,
         CalderaConfig(rank=config.spiked_rank, factor_bits=bits), config.outer_iterations))
     return {"factor_bits": bits, "share": kept.tolist(), "along": (along[1:] / kept[:-1]).tolist(),
-            "delta": (lost[1:] / kept[:-1]).tolist(), "error": np.sqrt(f).tolist(),
-            "apart": float(apart.max() * energy)}
+            "delta": (lost[1:] / kept[:-1]).tolist(), "error": np.sqrt(f).tolist()}
 
 
 def _descent(config: Config, kind: str):
@@ -194,6 +194,7 @@ def counts(rows: list[dict]) -> dict:
                           "best_after_q": sum(r["best"] % 2 == 1 for r in chosen),
                           "gain_over_first_round": float(np.mean([1 - r["least"] / r["first_round"] for r in chosen])),
                           "cost_of_caution": float(np.mean([r["cautious_least"] / r["least"] - 1 for r in chosen])),
+                          "stopped_by_caution": sum(r["cautious_least"] > r["least"] for r in chosen),
                           "share_first_to_last": float(np.mean([r["share"][-1] / r["share"][0] for r in chosen]))}
     return {"counts": out}
 
@@ -215,7 +216,7 @@ def draw(result: dict):
         middle.plot(rounds, share, f"C{i}o", label=f"{row['factor_bits']} bits")
         middle.plot(rounds, share[0] * np.cumprod([1, *(1 - np.array(row["delta"]))]), f"C{i}--")
     middle.set(xlabel="round", ylabel="LR's share of W's energy", ylim=(0, 1),
-               title="coarse factors leak; dashed: Π (1 − δ)")
+               title="dashed: Π (1 − δ), nothing taken of E")
     middle.legend(ncols=2)
     for i, (kind, error) in enumerate(result["descent"].items()):
         right.plot(np.arange(len(error)) / 2 + 1, np.array(error) / error[0], f"C{i}", label=kind)
@@ -263,7 +264,7 @@ def test_a_fitted_scale_makes_a_lattice_no_projection_but_leaves_an_absmax_grid_
     assert moved < 1e-12 if projection else moved > 1e-3
 
 
-def test_ldlq_forgets_a_better_q_though_the_grid_is_fixed():
+def test_ldlq_is_not_the_closest_point_so_it_can_undo_a_better_q_though_the_grid_is_fixed():
     rises = 0
     for seed in range(20):
         w, h = common.gaussian(3, 6, seed), common.hessian("geometric", 6, seed)
@@ -274,8 +275,7 @@ def test_ldlq_forgets_a_better_q_though_the_grid_is_fixed():
             trial = better_q.copy()
             trial[i, j] += 2 * step - 1
             better_q = trial if common.loss(trial - w, h) < common.loss(better_q - w, h) else better_q
-        again = np.asarray(block_ldlq(jnp.asarray(w), lower, integers, 1)[0])  # from better_q: it is not even asked
-        rises += common.loss(again - w, h) > common.loss(better_q - w, h) * (1 + 1e-9)
+        rises += common.loss(q - w, h) > common.loss(better_q - w, h) * (1 + 1e-9)
     assert rises > 0
 
 
@@ -314,10 +314,9 @@ def test_with_q_last_noise_on_lr_costs_its_plain_mean_square_and_with_lr_last_it
 
 
 @pytest.mark.parametrize("bits", [2, 16])
-def test_the_lr_step_sees_the_last_lr_and_error_alone_and_does_not_make_good_what_rounding_takes(bits):
+def test_what_rounding_takes_of_lr_is_not_given_back_along_it(bits):
     config = Config(m=64, n=96, outer_iterations=8, spectrum="flat")
     row, c = drift(config, bits), common.rounding_error(bits)
-    assert row["apart"] < 1e-12
     # One round's ⟨E, LR⟩ is that of a random E of m n entries, and ⟨rounding error, factor⟩ that of errors of variance
     # c in the entries of L and R; z = 5 for the mean over rounds taken as independent.
     variance = row["error"][0] ** 2 / row["share"][-1] / (64 * 96) + c / 8 * (1 / 64 + 1 / 96)
@@ -327,7 +326,7 @@ def test_the_lr_step_sees_the_last_lr_and_error_alone_and_does_not_make_good_wha
     if bits == 2:
         assert delta > tolerance and row["share"][-1] < 0.8 * row["share"][0] and np.argmin(row["error"]) == 0
     else:
-        assert delta < 0.01 and row["share"][-1] > row["share"][0] and np.argmin(row["error"]) > 0
+        assert abs(delta) < 1e-6 and row["share"][-1] > row["share"][0] and np.argmin(row["error"]) > 0
 
 
 @pytest.mark.parametrize("kind", common.SPECTRA)
@@ -336,6 +335,7 @@ def test_unrounded_lr_and_coordinate_descent_on_a_fixed_scalar_grid_descend_and_
     for name, make in common.WEIGHTS.items():
         for rank, levels in ((0, 2), (3, 2), (3, 100), (12, 1)):
             losses = np.asarray(descent(jnp.asarray(make(12, 24)), h, rank, 0.7, levels, 40))
+            assert losses[-1] == pytest.approx(losses[-5], rel=1e-12, abs=1e-12), (name, rank, levels)
             assert np.all(np.diff(losses) <= 1e-12 * losses[0] + 1e-12), (name, rank, levels)
 
 
@@ -355,7 +355,7 @@ def test_a_cautious_lr_step_never_raises_the_error_and_rounding_does():
                            outer_iterations=6, inner_iterations=4)
     free, careful = (np.asarray(loop(jax.random.key(0), w, h, chosen, step).error)
                      for step in (factorize_step, cautious))
-    assert np.all(careful[2::2] <= careful[1:-1:2] * (1 + 1e-12)) and rises(careful)["lr_rises"] == 0
+    assert np.all(careful[2::2] <= careful[1:-1:2] * (1 + 1e-12))
     assert rises(free)["lr_rises"] > 0
     assert np.array_equal(free[:2], careful[:2])
 

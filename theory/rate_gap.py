@@ -13,8 +13,8 @@ tr D/n, GM D = det(H')^{1/n}.  Then, exactly, for every Q, L, R,
                   + R_H'(d') − R_H(d)             damping.
 Signs.
 * low rank: 0 for k = 0; >= B_LR + ½ log2 of the share of ‖W‖²_F beyond its k leading singular values.
-* shaping: for k = 0, that of the grid on a unit Gaussian (E8P 0.274, lattice_shaping.py) + feedback, ½ log2 of the mean
-  square of what Q rounds, W_j plus the errors fed back, over σ².
+* shaping: for k = 0, about the grid's on a unit Gaussian (E8P 0.274, lattice_shaping.py) + feedback, ½ log2 of the
+  mean square of what Q rounds, W_j plus the errors fed back, over σ²; more where that varies over the columns.
 * alignment: 0 for uncorrelated errors of equal variance; in ½ log2 of [least, largest] eigenvalue of D over AM D.
 * spread: from 0 (D = cI) to ½ log2 AM λ/GM λ of H'.  It takes bits by columns to remove it: WaterSIC (arXiv
   2603.04956, second hand) states 0.255 bit in all, a cube's shaping alone.
@@ -137,7 +137,7 @@ def row(config: Config, name: str, w, h, rank: int = 0, factor_bits: int = 0, da
     method = CalderaConfig(rank=rank, factor_bits=factor_bits or 4, outer_iterations=config.outer_iterations,
                            svd="randomized", damping=damping)
     p, lr_bits = common.decompose(config.seed, w, h, method), factor_bits * rank * (1 / len(w) + 1 / len(h))
-    used, last = float(p.factors.damping), int(np.argmin(p.trace.error)) % 2 if rank else 1
+    used, last = float(p.factors.damping), (1 + int(np.argmin(p.trace.error[1:]))) % 2 if rank else 1
     damped = p.factors.h + used * np.eye(len(h))
     theory = account(p.w, p.q, p.lr, p.factors.h, used, rank, method.q_grid, 2 + lr_bits)
     parts = split(p.w, p.q, p.lr, p.factors.h, used, 2, lr_bits, method.block)
@@ -203,12 +203,14 @@ def configuration(r: dict) -> str:
 
 
 def table(result: dict) -> str:
-    """Every layer against the bounds, in Markdown: relative errors, then bits a weight."""
+    """Every layer against the bounds, in Markdown: relative errors, then bits; no prediction where LR is last."""
     columns = ("bits", "error", "floor", "ldlq", "quip_sharp", "caldera", "limit", "limit_own", "gap")
     lines = ["| layer | configuration | bits | error | floor | LDLQ | QuIP# | Thm 4.1 | limit | own | gap |",
              "|---" * (len(columns) + 2) + "|"]
     for r in result["rows"]:
-        lines.append(" | ".join([f"| {r['layer']}", configuration(r), *(f"{r[c]:.3f}" for c in columns)]) + " |")
+        unknown = () if r["last"] == "Q" else ("ldlq", "quip_sharp", "caldera")  # of the L R that Q was rounded beside
+        cells = ("–" if c in unknown else f"{r[c]:.3f}" for c in columns)
+        lines.append(" | ".join([f"| {r['layer']}", configuration(r), *cells]) + " |")
     return "\n".join(lines)
 
 
