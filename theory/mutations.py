@@ -27,7 +27,8 @@ from caldera_jax import files, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "theory/results/mutations.json"
-PARTS = ("caldera_jax", "theory", "tests/matrices.py", "tests/oracles.py", "pyproject.toml")
+PARTS = ("caldera_jax", "theory", "tests/matrices.py", "tests/oracles.py", "tests/programs.py",
+         "pyproject.toml")
 
 
 class Mutation(NamedTuple):
