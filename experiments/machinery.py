@@ -79,10 +79,10 @@ def collect(experiment: Experiment, preset: str) -> list[Result]:
     return [files.read_json(path) for path in paths]
 
 
-def draw(experiment: Experiment, preset: str, target: Path | None = None) -> Path:
+def draw(experiment: Experiment, preset: str) -> Path:
     """Draw the results of a preset; figures/NAME.png for the full one."""
     figure = experiment.draw(collect(experiment, preset))
-    target = target or FIGURES / (f"{experiment.name}.png" if preset == "full" else f"{experiment.name}_{preset}.png")
+    target = FIGURES / (f"{experiment.name}.png" if preset == "full" else f"{experiment.name}_{preset}.png")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(partial_file := target.with_suffix(".part.png"), dpi=220)
     os.replace(partial_file, target)
@@ -99,7 +99,7 @@ def source(name: str) -> str:
     import train_tiny
     if name == "tiny-smoke":
         train_tiny.train(train_tiny.preset("smoke"))
-    return str(train_tiny.load_tiny("smoke" if name == "tiny-smoke" else "tiny"))
+    return str(train_tiny.load_tiny(name.removeprefix("tiny-")))
 
 
 @cache
@@ -130,12 +130,3 @@ def axes(columns: int = 1, rows: int = 1, height: float = 2.5):
     figure, panels = pyplot.subplots(rows, columns, figsize=(3.4 * columns, height * rows), layout="constrained",
                                      squeeze=False)
     return figure, panels.ravel()
-
-
-def over_seeds(results: Sequence[Result], key: Callable[[Result], Any], value: Callable[[Result], float]
-               ) -> dict[Any, tuple[float, float, int]]:
-    """Mean, standard deviation and number of seeds of a value, by key."""
-    found: dict[Any, list[float]] = {}
-    for result in results:
-        found.setdefault(key(result), []).append(value(result))
-    return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}

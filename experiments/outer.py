@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from machinery import Experiment, Result, axes, layers, over_seeds
+from machinery import Experiment, Result, axes, layers
 
 from caldera_jax import CalderaConfig, compress_matrix
 
@@ -106,11 +106,9 @@ def draw(results: Sequence[Result]):
                 steps, best = np.arange(1, traces.shape[1]) / 2 + 0.5, np.minimum.accumulate(traces[:, 1:], axis=1)
                 panel.semilogy(steps, best.mean(0), f"C{i}", linestyle=("-", "--", ":")[j],
                                label=f"{variant}, k = {rank}")
-        alone = over_seeds([r for r in results if setting(r)[0] == layer and setting(r)[2] == 0],
-                           lambda r: setting(r)[1], lambda r: r["error"])
         for variant, color in (("plain", "0.3"), ("no rotation", "0.7")):
-            if variant in alone:
-                panel.axhline(alone[variant][0], color=color, linewidth=0.8, label=f"Q alone, {variant}")
+            alone = [r["error"] for r in results if setting(r)[:3] == (layer, variant, 0)]
+            panel.axhline(np.mean(alone), color=color, linewidth=0.8, label=f"Q alone, {variant}")
         panel.set(xlabel="outer iteration", ylabel="best relative error so far", title=f"{layer}, {bits}-bit factors")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure

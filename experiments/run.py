@@ -56,5 +56,5 @@ def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = (), preset: L
 if __name__ == "__main__":
     try:
         tyro.cli(main)
-    except ValueError as error:
+    except (ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"run.py: {error}")
