@@ -312,6 +312,7 @@ def train(config: Config) -> dict[str, Any]:
     with alone(config):
         if not (directory(config).is_dir() and finished.is_file()):
             unfinished.mkdir(exist_ok=True)
+            finished.parent.mkdir(parents=True, exist_ok=True)
             with jax.enable_x64(False):  # float32 throughout, whatever the caller has chosen
                 files.write_json(finished, _train(config))
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -220,7 +220,7 @@ MUTATIONS = (
         (OBJECTIVE, "theta = level[np.argmax(level <= variances)]", "theta = level[0]"),
         (OBJECTIVE, "/ (2 * len(variances)))", "/ (2 * np.sum(variances > theta)))")),
     *of("rate_gap::test_the_gap_knows_neither_units_nor_basis", (OBJECTIVE, "along.mean()))", "1.0))")),
-    *of("rate_gap::test_the_parts_add_up_to_the_gap_and_do_not_when_broken",
+    *of("rate_gap::test_the_parts_add_up_to_the_gap",
         (OBJECTIVE, "return bits - rate_distortion_limit(", "return bits + rate_distortion_limit("),
         (RATE_GAP, "half_log(rest / eps)", "half_log(variance / eps)"),
         (RATE_GAP, "alignment=half_log(d / (eps * arithmetic))", "alignment=half_log(d / eps / np.trace(h) * len(h))"),
