@@ -4,17 +4,20 @@ An experiment is a file with ``EXPERIMENT``: the paper's claim, the runs of each
 all runs of a preset are drawn and judged.  ``run.py`` runs and draws them by name.
 """
 
+import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from tqdm import tqdm
 
-from caldera_jax import calibration, files, report
+from caldera_jax import calibration, compress, files, report
 from caldera_jax.models import convert, data
 
 HERE = Path(__file__).parent
@@ -27,8 +30,8 @@ class Experiment:
     """One experiment.
 
     runs: preset ("full", "smoke") -> frozen configs, each with a ``seed``; a JSON each.  measure: config -> metrics.
-    draw: results -> a matplotlib figure.  verdict: results -> one sentence: what holds, by what margin, over how many
-    seeds.
+    draw: results -> a matplotlib figure.  verdict: results -> what holds of the claim, by what margin, over how many
+    seeds: a sentence for each part of the claim.
     """
 
     name: str
@@ -44,29 +47,48 @@ def path_of(experiment: Experiment, preset: str, config: Any) -> Path:
     return RESULTS / experiment.name / f"{preset}_{report.config_hash(config)}.json"
 
 
+@contextmanager
+def claimed(target: Path, wait: bool) -> Iterator[bool]:
+    """Whether no other process works on a result, after waiting for it if told so; a killed one holds no claim."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock := target.with_suffix(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        lock.unlink(missing_ok=True)
+
+
 def run(experiment: Experiment, preset: str) -> None:
     """Make every run of the preset that has no JSON yet, each written when it is done: a killed sweep goes on, and
     several processes may share one."""
-    missing = [config for config in experiment.runs(preset) if not path_of(experiment, preset, config).is_file()]
     clock = report.Clock()
-    with tqdm(missing, experiment.name, disable=not missing, unit="run") as progress:
-        for config in progress:
-            if (target := path_of(experiment, preset, config)).is_file():
-                continue  # another process was here
-            before = dict(clock.stages.get("run", {"seconds": 0.0, "compile_seconds": 0.0}))
-            with clock.stage("run"):
-                found = experiment.measure(config)
-            total, compiling = (clock.stages["run"][key] - before[key] for key in ("seconds", "compile_seconds"))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(target, {
-                **report.provenance(config, config.seed), "preset": preset, **found,
-                "seconds": {"compile": round(compiling, 3), "steady": round(total - compiling, 3)}})
+    for wait in (False, True):  # first what nobody else works on
+        missing = [config for config in experiment.runs(preset) if not path_of(experiment, preset, config).is_file()]
+        for config in tqdm(missing, experiment.name, disable=not missing, unit="run"):
+            target = path_of(experiment, preset, config)
+            with claimed(target, wait) as mine:
+                if mine and not target.is_file():
+                    files.write_json(target, _measured(experiment, preset, config, clock))
+
+
+def _measured(experiment: Experiment, preset: str, config: Any, clock: report.Clock) -> Result:
+    weights = {"model_sha256": fingerprint(config.model)} if hasattr(config, "model") else {}
+    before = dict(clock.stages.get("run", {"seconds": 0.0, "compile_seconds": 0.0}))
+    with clock.stage("run"):
+        found = experiment.measure(config)
+    total, compiling = (clock.stages["run"][key] - before[key] for key in ("seconds", "compile_seconds"))
+    return {**report.provenance(config, config.seed), **weights, "preset": preset, **found,
+            "seconds": {"compile": round(compiling, 3), "steady": round(total - compiling, 3)}}
 
 
 def collect(experiment: Experiment, preset: str) -> list[Result]:
     """The results of a preset, in the order of its runs.
 
-    Raises ValueError where runs are missing, or where the folder holds runs of configurations that are no more.
+    Raises ValueError where runs are missing, or where the folder holds runs of configurations that are no more or of
+    two models of one name (records from before ``model_sha256`` was kept do not say which).
     """
     paths = [path_of(experiment, preset, config) for config in experiment.runs(preset)]
     if missing := [path for path in paths if not path.is_file()]:
@@ -76,7 +98,34 @@ def collect(experiment: Experiment, preset: str) -> list[Result]:
     if stale := sorted(set(paths[0].parent.glob(f"{preset}_*.json")) - set(paths)):
         raise ValueError(f"{experiment.name}: {len(stale)} results are of configurations that are no longer run (the "
                          f"first: {stale[0]}): delete them")
-    return [files.read_json(path) for path in paths]
+    found = [files.read_json(path) for path in paths]
+    digests = {(r["config"]["model"], r["model_sha256"]) for r in found if "model_sha256" in r}
+    if len(digests) > len({name for name, _ in digests}):
+        raise ValueError(f"{experiment.name}: its results are of different weights under one model name: delete "
+                         f"{paths[0].parent} and run it again")
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over the seeds, and half the width of its 95 % confidence interval (Student's t); infinite for one seed."""
+    if len(values) < 2:
+        return float(np.mean(values)), np.inf
+    return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def decide(ratios: Sequence[float], least: float = 0.01) -> str:
+    """What ratios to a reference, paired by seed, say: "lower" or "higher" where their mean is at least 1 % from 1 and
+    its 95 % confidence interval leaves out 1; else "undecided"."""
+    mean, half = interval(ratios)
+    if abs(mean - 1) < max(least, half):
+        return "undecided"
+    return "lower" if mean < 1 else "higher"
+
+
+def with_interval(values: Sequence[float]) -> str:
+    """1.234 ± 0.012."""
+    mean, half = interval(values)
+    return f"{mean:.3f} ± {half:.3f}" if np.isfinite(half) else f"{mean:.3f} (one seed)"
 
 
 def draw(experiment: Experiment, preset: str) -> Path:
@@ -106,6 +155,12 @@ def source(name: str) -> str:
 def model(name: str) -> convert.Model:
     """The dense model of that name, loaded once."""
     return convert.load(source(name))
+
+
+@cache
+def fingerprint(name: str) -> str:
+    """SHA-256 of the model's configuration and weights."""
+    return compress.fingerprint(model(name))
 
 
 @cache

@@ -25,12 +25,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import machinery
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
 from jax import Array
-from machinery import FIGURES, RESULTS, axes
+from machinery import axes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -131,7 +132,7 @@ def directory(config: Config) -> Path:
 
 def record_path(config: Config) -> Path:
     """Where the record of the training lies."""
-    return RESULTS / f"train_tiny_{config.preset}_{report.config_hash(config)}.json"
+    return machinery.RESULTS / f"train_tiny_{config.preset}_{report.config_hash(config)}.json"
 
 
 def load_tiny(name: str = "tiny") -> Path:
@@ -429,7 +430,7 @@ def main(preset_: Annotated[Literal["tiny", "smoke"], tyro.conf.arg(name="preset
     if draw_only and not record_path(config).is_file():
         raise ValueError(f"no record {record_path(config).name}: python experiments/train_tiny.py --preset {preset_}")
     result = files.read_json(record_path(config)) if draw_only else train(config)
-    target = FIGURES / ("train_tiny.png" if preset_ == "tiny" else f"train_tiny_{preset_}.png")
+    target = machinery.FIGURES / ("train_tiny.png" if preset_ == "tiny" else f"train_tiny_{preset_}.png")
     draw(result).savefig(part := target.with_suffix(".part.png"), dpi=220)
     os.replace(part, target)
     print(f"{directory(config)}: {result['weights'] / 1e6:.2f} million weights, perplexity {result['perplexity']:.3f}, "

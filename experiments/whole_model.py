@@ -9,49 +9,87 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import machinery
 
 from caldera_jax import files
+from caldera_jax.cli import PRESETS
+from caldera_jax.compress import RunConfig, recorded
 
-RESULTS = Path(__file__).parent / "results"
 WORK = Path("out/whole_model")
-
-FIVE = "--outer-iterations 5"
-RUNS = {
-    "q2": f"--rank 0 {FIVE}",
-    "q2_k16": f"--rank 16 {FIVE}",
-    "q2_k32": f"--rank 32 {FIVE}",
-    "q2_k64": f"--rank 64 {FIVE}",
-    "q3": f"--rank 0 --q-bits 3 {FIVE}",
-    "q4": f"--rank 0 --q-bits 4 {FIVE}",
-    "q2_k32_downdate": f"--rank 32 {FIVE} --downdate",
-    "q2_k32_downdate_10_passes": f"--rank 32 {FIVE} --downdate --refine-passes 10",
-    "q2_k32_sequential": f"--rank 32 {FIVE} --activations compressed",
+RUNS: dict[str, dict[str, Any]] = {  # what each changes of the default preset
+    "q2": {"rank": 0},
+    "q2_k16": {"rank": 16},
+    "q2_k32": {"rank": 32},
+    "q2_k64": {"rank": 64},
+    "q3": {"rank": 0, "q_bits": 3},
+    "q4": {"rank": 0, "q_bits": 4},
+    "q2_k32_10_passes": {"rank": 32, "refine_passes": 10},
+    "q2_k32_downdate": {"rank": 32, "downdate": True},
+    "q2_k32_downdate_10_passes": {"rank": 32, "downdate": True, "refine_passes": 10},
+    "q2_k32_sequential": {"rank": 32, "activations": "compressed"},
 }
 
 
-def run(name: str) -> dict:
-    """One run's report, from its JSON if it is there."""
-    path = RESULTS / f"whole_model_{name}.json"
-    if not path.exists():
-        out = WORK / name
-        command = [sys.executable, "-m", "caldera_jax.cli", "compress", "smollm2-135m", "--out", str(out), "--moments",
-                   str(WORK / "moments"), *RUNS[name].split()]
-        subprocess.run(command, check=True)
-        files.write_json(path, files.read_json(out / "report.json"))
-        shutil.rmtree(out)  # most of it the dense embedding
-    return files.read_json(path)
+def changes(name: str) -> dict[str, Any]:
+    """What a run changes of the default preset, as ``caldera compress`` calls it; ValueError for an unknown run."""
+    if name not in RUNS:
+        raise ValueError(f"no run is called {name!r}: choose from {', '.join(RUNS)}")
+    return {"outer_iterations": 5, **RUNS[name]}
+
+
+def config(name: str) -> RunConfig:
+    """The whole configuration of a run."""
+    own = changes(name)
+    activations = own.pop("activations", "dense")
+    base = PRESETS["default"]
+    return replace(base, model="smollm2-135m", caldera=replace(base.caldera, **own), activations=activations)
+
+
+def path_of(name: str) -> Path:
+    """Where a run's report lies."""
+    return machinery.RESULTS / f"whole_model_{name}.json"
+
+
+def record(name: str) -> dict[str, Any]:
+    """A run's report; ValueError where it is missing or of another configuration."""
+    command = f"python experiments/{Path(__file__).name} {name}"
+    if not (path := path_of(name)).is_file():
+        raise ValueError(f"{path.name} is missing: {command}")
+    found = files.read_json(path)
+    if recorded(found["config"]) != config(name):
+        raise ValueError(f"{path.name} is of another configuration: delete it, then {command}")
+    return found
+
+
+def run(name: str) -> None:
+    """Make a run's report if it is not there."""
+    if path_of(name).exists():
+        return
+    out = WORK / name
+    flags = [word for field, value in changes(name).items() for word in (f"--{field.replace('_', '-')}", str(value))]
+    subprocess.run([sys.executable, "-m", "caldera_jax.cli", "compress", "smollm2-135m", "--out", str(out), "--moments",
+                    str(WORK / "moments"), *flags], check=True)
+    files.write_json(path_of(name), files.read_json(out / "report.json"))
+    shutil.rmtree(out)  # most of it the dense embedding
 
 
 def main(names: list[str]) -> None:
-    if unknown := [name for name in names if name not in RUNS]:
-        sys.exit(f"no run is called {unknown[0]!r}: choose from {', '.join(RUNS)}")
     for name in names or RUNS:
-        row = run(name)
+        config(name)  # an unknown name ends here, before any work
+    for name in names or RUNS:
+        run(name)
+        row = record(name)
         print(json.dumps({"run": name, **{key: row[key] for key in (
             "base_perplexity", "compressed_perplexity", "bits_per_weight", "mean_layer_error")},
             "seconds": row["seconds"]["total"]}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"whole_model.py: {error}")

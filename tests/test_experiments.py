@@ -3,10 +3,14 @@
 import importlib
 import json
 import sys
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from caldera_jax import files
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
@@ -72,6 +76,58 @@ def test_results_that_are_missing_or_of_another_configuration_are_named_with_wha
     machinery.run(replace(made([]), runs=lambda _: [Config(9)]), "smoke")  # another preset is no concern of this one
     with pytest.raises(ValueError, match="1 results are"):
         machinery.collect(made([]), "full")
+
+
+def test_results_of_two_models_under_one_name_are_refused(results):
+    experiment = made([])
+    machinery.run(experiment, "full")
+    for x, digest in ((1, "a"), (2, "b")):
+        path = machinery.path_of(experiment, "full", Config(x))
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps({**found, "config": {**found["config"], "model": "tiny"}, "model_sha256": digest}))
+    with pytest.raises(ValueError, match="different weights under one model name: delete"):
+        machinery.collect(experiment, "full")
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it_and_waited_for(results):
+    calls: list[int] = []
+    experiment = made(calls)
+    other = machinery.path_of(experiment, "full", Config(2))
+    begun, release = threading.Event(), threading.Event()
+
+    def elsewhere():  # a lock of another open file is as foreign as that of another process
+        with machinery.claimed(other, wait=True):
+            begun.set()
+            release.wait(30)
+            files.write_json(other, {"square": 4})
+
+    worker = threading.Thread(target=elsewhere)
+    worker.start()
+    begun.wait(30)
+    with machinery.claimed(other, wait=False) as mine:
+        assert not mine
+    threading.Timer(0.2, release.set).start()
+    machinery.run(experiment, "full")
+    worker.join()
+    assert calls == [1, 3] and json.loads(other.read_text()) == {"square": 4}
+    assert not list(results.rglob("*.lock"))
+
+
+@pytest.mark.parametrize(("ratios", "word"), [
+    ([0.95, 0.96, 0.94], "lower"),
+    ([1.2, 1.25, 1.3], "higher"),
+    ([0.8, 1.0, 0.9], "undecided"),  # 0.9 ± 0.25
+    ([0.995, 0.995, 0.995], "undecided"),  # certain, and less than 1 %
+    ([0.5], "undecided"),  # one seed
+])
+def test_a_margin_is_one_that_the_seeds_agree_on_and_at_least_one_percent(ratios, word):
+    assert machinery.decide(ratios) == word
+
+
+def test_the_interval_covers_the_mean_19_times_in_20():
+    rng = np.random.default_rng(0)
+    inside = [abs(mean) < half for mean, half in (machinery.interval(x) for x in rng.standard_normal((2000, 3)))]
+    assert abs(np.mean(inside) - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 2000)
 
 
 def test_an_unknown_experiment_is_refused_and_the_known_ones_are_listed():
