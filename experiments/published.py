@@ -1,7 +1,8 @@
 """What the paper prints, from published.json, as a Markdown table:  python experiments/published.py
 
-None of it was reproduced here: every entry says why not, and by which command of this project one would, where there is
-one.  The directories of models and Hessians, and the texts, are the user's own.
+None of it was reproduced here: every entry says why not, which command of this project ``prepares`` the model, and
+which ``reproduces`` the number, that is prints it; or the ``reason`` why none does.  The directories of models and
+Hessians, and the texts, are the user's own.
 """
 
 import re
@@ -14,7 +15,8 @@ from caldera_jax.models import llama
 from caldera_jax.models.llama import LlamaConfig
 
 PATH = Path(__file__).parent / "published.json"
-FIELDS = ("source", "model", "setting", "metric", "dataset", "value", "unit", "status", "command")  # and maybe a note
+FIELDS = ("source", "model", "setting", "metric", "dataset", "value", "unit", "status", "prepares", "reproduces",
+          "reason")  # and maybe a note
 SETTING = ("method", "rank", "q_bits", "factor_bits", "average_bits", "finetuned")
 
 SHAPES = {
@@ -26,12 +28,14 @@ SHAPES = {
 
 
 def load() -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The settings and the entries; ValueError naming an entry that lacks a field."""
+    """The settings and the entries; ValueError naming one that lacks a field, or both a command and a reason."""
     content = files.read_json(PATH)
     for i, entry in enumerate(content["entries"]):
         given = (*entry, *entry.get("setting", ()))
         if lacking := [name for name in FIELDS + SETTING if name not in given]:
             raise ValueError(f"{PATH.name}: entry {i} has no {', '.join(lacking)}")
+        if bool(entry["reproduces"]) == bool(entry["reason"]):
+            raise ValueError(f"{PATH.name}: entry {i} needs either a command that reproduces it or a reason")
     return content["settings"], content["entries"]
 
 
@@ -54,16 +58,16 @@ def cells(entry: dict[str, Any]) -> list[str]:
     what = s["method"] + (f", k = {s['rank']}" if s["rank"] else "") + bits
     what += f", fine-tuned: {s['finetuned']}" if s["finetuned"] else ""
     unit = "" if entry["unit"] == "1" else f" {entry['unit']}"
-    command = f"`{entry['command']}`" if entry["command"] else "–"
+    prepares, reproduces = (f"`{entry[key]}`" if entry[key] else "–" for key in ("prepares", "reproduces"))
     return [entry["model"], what, s["average_bits"] or "–", entry["metric"], entry["dataset"] or "–",
-            f"{entry['value']}{unit}", entry["status"], command]
+            f"{entry['value']}{unit}", entry["status"], prepares, entry["reason"] or reproduces]
 
 
 def table() -> str:
     """All entries, and the settings below them."""
     settings, entries = load()
-    rows = [["model", "method", "average bits", "metric", "data", "printed", "status", "command"], ["---"] * 8,
-            *map(cells, entries)]
+    rows = [["model", "method", "average bits", "metric", "data", "printed", "status", "prepared by",
+             "printed by"], ["---"] * 9, *map(cells, entries)]
     return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "",
                       *(f"* {name}: {text}." for name, text in settings.items())])
 

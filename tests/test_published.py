@@ -19,7 +19,7 @@ import published  # noqa: E402
 SETTINGS, ENTRIES = published.load()
 PRINTED = sorted({(e["model"], e["setting"]["rank"], e["setting"]["factor_bits"], e["setting"]["average_bits"])
                   for e in ENTRIES if e["setting"]["factor_bits"] and e["setting"]["average_bits"]})
-COMMANDS = sorted({part.strip() for e in ENTRIES if e["command"] for part in e["command"].split("&&")})
+COMMANDS = sorted({e[key] for e in ENTRIES for key in ("prepares", "reproduces") if e[key]})
 
 
 class Parsed(Exception):
@@ -66,6 +66,29 @@ def test_an_entry_that_lacks_a_field_is_named(tmp_path, monkeypatch):
         published.load()
 
 
+@pytest.mark.parametrize("entry, change", [(2, {"reproduces": None}), (40, {"reason": None}),
+                                           (2, {"reason": "none is needed"})])
+def test_an_entry_has_either_a_command_that_prints_its_number_or_a_reason(entry, change, tmp_path, monkeypatch):
+    content = json.loads(published.PATH.read_text())
+    content["entries"][entry] |= change
+    (tmp_path / "published.json").write_text(json.dumps(content))
+    monkeypatch.setattr(published, "PATH", tmp_path / "published.json")
+    with pytest.raises(ValueError, match=f"entry {entry} needs either a command that reproduces it or a reason"):
+        published.load()
+
+
+def test_only_perplexity_without_fine_tuning_is_printed_by_a_command_and_the_rest_says_why_not():
+    for entry in ENTRIES:
+        printable = entry["metric"] == "perplexity" and not entry["setting"]["finetuned"]
+        assert bool(entry["reproduces"]) == printable == (entry["reason"] is None)
+        assert printable or entry["reason"].startswith(
+            {"zero-shot accuracy": "no command here runs zero-shot tasks",
+             "throughput": "no command here measures the throughput of generation"}.get(
+                 entry["metric"], ("no command here fine-tunes", "another method")))
+    none = [e for e in ENTRIES if not e["prepares"] and not e["reproduces"]]
+    assert len(none) == 16 and all(e["reason"] for e in none)  # 13 dense, 2 other methods, factors of two precisions
+
+
 def test_no_table_has_lost_a_row():
     count = lambda metric: {name: sum(e["metric"] == metric and e["model"] == name for e in ENTRIES)
                             for name in published.SHAPES}
@@ -102,6 +125,8 @@ def test_the_bits_guessed_for_the_fine_tuned_rows_round_to_what_is_printed():
     assert published.average_bits(shape, 256, 2, (192 * 4 + 64 * 16) / 256) == pytest.approx(2.69, abs=5e-3)
     rows = {e["value"]: e["setting"]["average_bits"] for e in ENTRIES if e["setting"]["finetuned"]}
     assert rows[5.89] == "2.4" and rows[5.55] == "2.7"
+    commands = {e["value"]: e["prepares"] for e in ENTRIES if e["setting"]["finetuned"]}
+    assert "--rank 64 --factor-bits 16 " in commands[5.89] and commands[5.55] is None  # factors of one precision only
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -118,14 +143,15 @@ def test_the_parser_refuses_an_option_that_does_not_exist(monkeypatch, capsys):
 
 
 def test_a_command_compresses_to_the_rank_and_bits_of_its_entry_and_evaluates_that():
-    for entry in (e for e in ENTRIES if e["command"] and e["setting"]["rank"] is not None):
-        s, (compress, *evaluate) = entry["setting"], entry["command"].split(" && ")
-        words = compress.split()
+    for entry in (e for e in ENTRIES if e["prepares"]):
+        s, words = entry["setting"], entry["prepares"].split()
         assert words[words.index("--rank") + 1] == str(s["rank"])
         assert not s["factor_bits"] or words[words.index("--factor-bits") + 1] == str(s["factor_bits"])
         assert words[2] == entry["model"].replace(" ", "-").lower()
-        assert all(f"caldera eval {published.out_of(compress)} " in line for line in evaluate)
-        assert bool(evaluate) == (entry["metric"] == "perplexity" and not s["finetuned"])
+        assert (entry["reproduces"] or "caldera eval").startswith("caldera eval")
+        assert not entry["reproduces"] or entry["reproduces"].split()[2] == published.out_of(entry["prepares"])
+    for entry in (e for e in ENTRIES if e["reproduces"] and not e["prepares"]):  # the base perplexity of any run
+        assert entry["setting"]["method"] == "fp16" and entry["reproduces"].startswith("caldera compress")
 
 
 def test_runs_of_different_settings_do_not_share_a_directory():
