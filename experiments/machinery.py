@@ -133,7 +133,7 @@ def draw(experiment: Experiment, preset: str) -> Path:
     figure = experiment.draw(collect(experiment, preset))
     target = FIGURES / (f"{experiment.name}.png" if preset == "full" else f"{experiment.name}_{preset}.png")
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(partial_file := target.with_suffix(".part.png"), dpi=220)
+    figure.savefig(partial_file := target.with_suffix(".part.png"), dpi=min(220, 2600 / figure.get_figwidth()))
     os.replace(partial_file, target)
     return target
 
