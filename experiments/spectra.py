@@ -31,12 +31,11 @@ class Config:
 
 def runs(preset: str) -> list[Config]:
     """Every layer of a block of either model; seeds innermost."""
-    places, rank, seeds = [("tiny-smoke", 0)], 4, 1
-    if preset == "full":
-        places, rank, seeds = [("smollm2-135m", 14), ("tiny", 2)], 32, 3
-    return [Config(*place, layer, CalderaConfig(rank=rank, outer_iterations=15 if preset == "full" else 2,
-                                                svd="randomized"), seed)
-            for place in places for layer in llama.LINEARS for seed in range(seeds)]
+    if preset == "smoke":
+        few = CalderaConfig(rank=4, outer_iterations=2, svd="randomized")
+        return [Config("tiny-smoke", 0, layer, few, 0) for layer in ("q", "o")]  # one shape: one program
+    return [Config(*place, layer, CalderaConfig(rank=32, outer_iterations=15, svd="randomized"), seed)
+            for place in (("smollm2-135m", 14), ("tiny", 2)) for layer in llama.LINEARS for seed in range(3)]
 
 
 def measure(config: Config) -> Result:
