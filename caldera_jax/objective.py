@@ -3,6 +3,7 @@
 The bounds take and return units of tr(E H Eᵀ), as ``proxy_loss``; ``theory/`` states, checks and draws each.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -58,14 +59,19 @@ def rate_distortion_limit(relative: float, w: Matrix, h: Matrix, sources: str = 
         return float(np.sum(np.maximum(np.log2(variances) - np.log2(theta), 0)) / (2 * len(variances)))
 
 
-def rate_distortion_error(bits: float, w: Matrix, h: Matrix, sources: str = "white") -> float:
-    """The relative error at a number of bits a weight: the inverse of ``rate_distortion_limit``."""
+def rate_distortion_error(bits: float | Sequence[float], w: Matrix, h: Matrix,
+                          sources: str = "white") -> float | Float[np.ndarray, " bits"]:
+    """The relative error at a number of bits a weight, or at each of several: the inverse of
+    ``rate_distortion_limit``."""
     variances, energy = _variances(w, h, sources)
     positive = variances[variances > 0][::-1]
     active = np.arange(1, len(positive) + 1)
-    level = (np.cumsum(np.log2(positive)) - 2 * bits * len(variances)) / active  # log2 θ if so many are active
-    theta = 2.0 ** level[np.argmax(level >= np.append(np.log2(positive[1:]), -np.inf))]
-    return float(np.sqrt(np.minimum(positive, theta).sum() / energy))
+    spent = 2 * np.asarray(bits, np.float64)[..., None] * len(variances)
+    level = (np.cumsum(np.log2(positive)) - spent) / active  # log2 θ if so many are active
+    first = np.argmax(level >= np.append(np.log2(positive[1:]), -np.inf), axis=-1)[..., None]
+    theta = 2.0 ** np.take_along_axis(level, first, axis=-1)
+    error = np.sqrt(np.minimum(positive, theta).sum(-1) / energy)
+    return float(error) if np.ndim(bits) == 0 else error
 
 
 def rate_gap(bits: float, relative: float, w: Matrix, h: Matrix, sources: str = "white") -> float:

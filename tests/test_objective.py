@@ -79,6 +79,8 @@ def test_reverse_water_filling_meets_its_distortion_at_the_level_found_by_search
         np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
         if found:
             np.testing.assert_allclose(cj.rate_distortion_error(found, w, h, sources), relative, rtol=1e-9)
+            each = [cj.rate_distortion_error(bits, w, h, sources) for bits in (found, 2 * found)]
+            assert cj.rate_distortion_error((found, 2 * found), w, h, sources).tolist() == each
             np.testing.assert_allclose(cj.rate_gap(2.5, relative, w, h, sources), 2.5 - found, rtol=1e-12)
 
 
