@@ -14,21 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Key
 
 from caldera_jax import hessian, spread
 from caldera_jax.hessian import Moments
 from caldera_jax.models import llama
 from caldera_jax.models.llama import LlamaConfig, Params
 
+CHUNK = 2048  # tokens, or one window, whose streams through all blocks ``traces`` keeps at a time
+
 Streams = list[list[np.ndarray]]  # [windows of the shard, s, d] of each shard that this process has, by device
 
 
 def embed(params: Params, tokens: Int[np.ndarray, "w s"]) -> Streams:
     """The residual streams that enter the first block, of this process's shards of the w windows of s tokens."""
+    return [[_streams(params, tokens[shard]) for shard in device] for device in spread.own_shards(len(tokens))]
+
+
+def _streams(params, tokens):
     table = np.asarray(params["embed"])
-    dtype = np.promote_types(table.dtype, np.float32)
-    return [[table[tokens[shard]].astype(dtype) for shard in device] for device in spread.own_shards(len(tokens))]
+    return table[tokens].astype(np.promote_types(table.dtype, np.float32))
 
 
 def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4) -> None:
@@ -105,6 +110,68 @@ def of_block(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"]
             for name in llama.LINEARS}
 
 
+def gradients(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], key: Key[Array, ""],
+              blocks: int | None = None) -> Iterator[tuple[int, dict[str, Float[np.ndarray, "_ _"]]]]:
+    """(block index, diagonal Fisher of each linear weight, in nats a token), from the last block to the first.
+
+    F_ij = mean over windows of (∂/∂W_ij Σ_t log p(y_t | tokens up to t))² / s, with every label y_t drawn from the
+    model.  E ∂ log p(y_t) = 0 given the tokens, and the y_t are independent given them, so terms between tokens vanish
+    in the mean: E F is the sum over tokens of each token's own Fisher, and ½ Σ F_ij E_ij² is the Kullback–Leibler
+    divergence a token that a small change E of the weights costs, as far as its entries count one by one.
+    ``blocks``: yield those of the first so many (None: all); the others are still gone through.
+    A forward and a backward pass, one window at a time; memory: one block and its squared gradients, and on the host
+    the streams that enter every block, layers · w · s · d numbers.  Works in this process alone, on its first device.
+    Raises ValueError for weights that are not dense.
+    """
+    for index, squares in _squares(config, params, tokens, key, range(len(tokens)), blocks):
+        yield index, {name: np.asarray(square) / tokens.size for name, square in squares.items()}
+
+
+def traces(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], key: Key[Array, ""], windows: range,
+           blocks: int | None = None) -> dict[str, float]:
+    """Σ F_ij of every linear layer, by its path, of what ``gradients`` gives: the share of these of the w windows.
+
+    The shares of windows that make up all sum to the whole.  Goes through the model for every CHUNK tokens, so that
+    the streams are of no more.
+    """
+    total: dict[str, float] = {}
+    step = max(1, CHUNK // tokens.shape[1])
+    for i in range(0, len(windows), step):
+        for index, squares in _squares(config, params, tokens, key, windows[i:i + step], blocks):
+            for name, square in squares.items():
+                path = f"blocks.{index}.{name}"
+                total[path] = total.get(path, 0.0) + float(jnp.sum(square)) / tokens.size
+    return total
+
+
+def _squares(config, params, tokens, key, windows, blocks):
+    """(block index, squared gradients of its linear weights, summed over these windows), from the last block on."""
+    split = lambda streams: np.split(streams, len(windows))
+    entering = [_streams(params, tokens[windows])]
+    for index in range(config.layers):
+        placed = jax.device_put(_dense(params, index))
+        entering.append(np.concatenate([_forward(config, placed, x) for x in split(entering[-1])]))
+    last = jax.device_put({name: value for name, value in params.items() if name != "blocks"})
+    pulled = np.concatenate([_pull_head(config, last, x, jax.random.fold_in(key, i))
+                             for i, x in zip(windows, split(entering.pop()), strict=True)])
+    for index in reversed(range(config.layers)):
+        placed = jax.device_put(_dense(params, index))
+        squares = {name: jnp.zeros(shape, pulled.dtype) for name, shape in llama.shapes(config).items()}
+        for i, x in enumerate(split(entering.pop())):
+            pulled[i:i + 1], squares = _pull(config, placed, x, pulled[i:i + 1], squares)
+        if blocks is None or index < blocks:
+            yield index, squares
+
+
+def _dense(params, index):
+    block = dict(params["blocks"][index])
+    for name in llama.LINEARS:
+        if not isinstance(block[name], np.ndarray | Array):
+            raise ValueError(f"blocks.{index}.{name} is compressed, and gradients are those of dense weights: pass the "
+                             "dense model")
+    return block
+
+
 def spilled(directory: Path, index: int, name: str) -> Path:
     """The file of one input's Moments."""
     return directory / f"moments_{index:03d}_{name}.safetensors"
@@ -158,6 +225,28 @@ def read_hessian(path: Path) -> Float[np.ndarray, "n n"]:
 @jax.default_matmul_precision("highest")
 def _forward(config, block, x):
     return llama.block(config, block, x, jnp.arange(x.shape[1]))[0]
+
+
+@partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")
+def _pull_head(config, last, x, key):
+    """Gradient of Σ_t log p(y_t) with respect to the last stream x [1, s, d], y_t drawn from the model."""
+    labels = jax.random.categorical(key, llama.head(config, last, x))
+
+    def likelihood(x):
+        return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(llama.head(config, last, x)), labels[..., None], -1))
+
+    return jax.grad(likelihood)(x)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+@jax.default_matmul_precision("highest")
+def _pull(config, block, x, pulled, squares):
+    """The gradient one block earlier, and the squared gradients of the block's linear weights added to ``squares``."""
+    linears = {name: block[name].astype(x.dtype) for name in llama.LINEARS}
+    _, vjp = jax.vjp(lambda linears, x: llama.block(config, block | linears, x, jnp.arange(x.shape[1]))[0], linears, x)
+    of_linears, pulled = vjp(pulled)
+    return pulled, {name: squares[name] + of_linears[name]**2 for name in squares}
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -15,8 +15,9 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from caldera_jax import artifact, evaluate, explain, spread
-from caldera_jax.compress import RunConfig, Tokens, memory_need, recorded, texts
+from caldera_jax import artifact, evaluate, explain, page, spread
+from caldera_jax.allocate import UNITS
+from caldera_jax.compress import RunConfig, Tokens, memory_need, recorded, texts, weights
 from caldera_jax.compress import compress as run_compress
 from caldera_jax.decompose import CalderaConfig
 from caldera_jax.models import convert, data
@@ -67,7 +68,9 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
              evaluation_windows: int | None = None, evaluation_window: int | None = None,
              activations: Literal["dense", "compressed"] | None = None, blocks: int | None = None,
              seed: int | None = None, moments: Path | None = None, hessians: str | None = None,
-             workers: Spread = Workers()) -> None:
+             bits: float | None = None, megabytes: float | None = None,
+             allocation: Literal["gradient", "trace", "error", "uniform"] | None = None,
+             ranks: tuple[int, ...] | None = None, workers: Spread = Workers()) -> None:
     """Compress a model: calibrate, compress every linear layer, evaluate before and after, write OUT/report.json.
 
     Killed and started again with the same arguments, it goes on where it was.
@@ -103,24 +106,44 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         moments: directory to keep the calibration Moments in, read again by later runs on the same model and text.
         hessians: directory of Hessians as the authors released them (0_qkv.pt, 0_o.pt, 0_up.pt, 0_down.pt, 1_qkv.pt, …;
             needs torch), used instead of calibrating.
+        bits: budget, bits a weight that the compressed layers may store, everything counted: chooses --rank and
+            --q-bits of every layer by itself, to do the least predicted damage. With --preset paper add --downdate
+            False.
+        megabytes: the same in 10^6 bytes of all compressed layers together.
+        allocation: what a budget weighs layers by: gradient, by the Fisher information of their outputs and the error
+            on their inputs; trace, by that of their weights and the plain error; error, relative error, all alike;
+            uniform chooses one rank and --q-bits for all.
+        ranks: that a budget chooses from, by default 0 and powers of two from 8 to a quarter of each layer's smaller
+            side, five at most; 0 alone shares out the bits of Q.
         workers: who does the work.
     """
     if factor_bits is not None and len(factor_bits) not in (1, 2):
         raise ValueError(f"factor_bits takes one number, or two for L and R; got {len(factor_bits)}")
-    bits = factor_bits[0] if factor_bits is not None and len(factor_bits) == 1 else factor_bits
+    if bits is not None and megabytes is not None:
+        raise ValueError("--bits and --megabytes are two words for one budget: give one of them")
+    if bits is None and megabytes is None and not (allocation is None and ranks is None):
+        raise ValueError("--allocation and --ranks share out a budget: give --bits or --megabytes, or leave them out")
+    if megabytes is not None and not 0 < megabytes < math.inf:
+        raise ValueError(f"a budget of {megabytes} MB cannot be met: give a positive number")
+    if not (bits is None and megabytes is None) and not (rank is None and q_bits is None):
+        raise ValueError("a budget chooses the rank and the bits of Q: leave out --rank and --q-bits, or the budget")
+    factors = factor_bits[0] if factor_bits is not None and len(factor_bits) == 1 else factor_bits
     base = PRESETS[preset]
-    caldera = override(base.caldera, rank=rank, q_bits=q_bits, factor_bits=bits, outer_iterations=outer_iterations,
-                       inner_iterations=inner_iterations, downdate=downdate, refine_passes=refine_passes, svd=svd,
-                       order=order, rotation=rotation, damping=damping, quantizer=quantizer,
-                       factor_quantizer=factor_quantizer)
+    caldera = override(base.caldera, rank=rank, q_bits=q_bits, factor_bits=factors,
+                       outer_iterations=outer_iterations, inner_iterations=inner_iterations, downdate=downdate,
+                       refine_passes=refine_passes, svd=svd, order=order, rotation=rotation, damping=damping,
+                       quantizer=quantizer, factor_quantizer=factor_quantizer)
     config = override(
         base, model=model, caldera=caldera, activations=activations, blocks=blocks, seed=seed, hessians=hessians,
+        bits=bits if megabytes is None else 1.0, allocation=allocation, ranks=ranks,  # 1: until weights are counted
         calibration=override(base.calibration, text=calibration_text, windows=calibration_windows,
                              window=calibration_window),
         evaluation=override(base.evaluation, text=evaluation_text, windows=evaluation_windows,
                             window=evaluation_window))
     if start(workers, lambda: convert.load(model)):
         return
+    if megabytes is not None:
+        config = dataclasses.replace(config, bits=8e6 * megabytes / weights(config, convert.load(model).config))
     report = run_compress(config, out, moments)
     if spread.rank() == 0:
         print(f"{table(report)}\n\nwritten: {out / 'report.json'}")
@@ -170,11 +193,21 @@ def table(r: dict[str, Any]) -> str:
              f"  bits per weight   {r['bits_per_weight']:.4f}   (compressed linear layers, everything stored)",
              f"  size              layers {r['stored_bytes'] / 1e6:.1f} MB; model {r['model_bytes'] / 1e6:.1f} MB, the "
              f"embedding being dense; on disk {r['disk_bytes'] / 1e6:.1f} MB",
+             *(budget_lines(r) if "allocation" in r else []),
              f"  layer error       mean {r['mean_layer_error']:.4f}   max {r['max_layer_error']:.4f}",
              "  stage                 seconds  of it compiling  peak memory"]
     lines += [f"    {name:20s} {stage['seconds']:8.1f} {stage['compile_seconds']:16.1f} "
               f"{stage['peak_memory_bytes'] / 1e9:9.2f} GB" for name, stage in r["stages"].items()]
     return "\n".join(lines)
+
+
+def budget_lines(r: dict[str, Any]) -> list[str]:
+    """What a plan was to keep to, and what it predicted and achieved."""
+    budget, most = r["budget_bits_per_weight"], r["dearest_bits_per_weight"]
+    more = [f"                    more than the dearest choice, {most:.4f} bits a weight, takes: some of it is left"]
+    return [f"  budget            {budget:.4f} bits a weight, by {r['allocation']}: predicted loss "
+            f"{r['predicted_loss']:.5f}, achieved {r['loss']:.5f} ({UNITS[r['allocation']]}, summed over the layers)",
+            *(more if budget > most else [])]
 
 
 def evaluate_(directory: Directory, text: str | None = None, windows: int | None = None, window: int | None = None,
@@ -205,8 +238,10 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
               f"{chosen.text}")
 
 
-def inspect(directory: Directory, theory: bool = False, moments: Path | None = None) -> None:
-    """Show the layers of a compressed model: shape, rank, error, bits, seconds; or error and bits beside the theory's.
+def inspect(directory: Directory, theory: bool = False, report: Path | None = None,
+            moments: Path | None = None) -> None:
+    """Show the layers of a compressed model: shape, rank, error, bits, seconds; or error and bits beside the theory's;
+    or write a page that shows where the bits went and where the loss came from.
 
     Args:
         directory: of the compressed model.
@@ -216,11 +251,20 @@ def inspect(directory: Directory, theory: bool = False, moments: Path | None = N
             weight: bits, stored; limit, the least (rate-distortion) at this error for Gaussian weights; own, the same
             for weights that are known to vary as these do along the Hessian's eigenvectors; gap, bits less limit.
             Reads the base model and calibrates again: about as long as the run's calibration, and seconds a layer.
-        moments: with --theory, the directory given to `caldera compress --moments`: no calibration where it holds the
-            run's Moments.
+        report: write an HTML page to this file: where the bits went, spectra, error by layer and direction, channels
+            that L R took over, tokens whose loss rose most. Reads the base model and calibrates again, too; needs
+            matplotlib (extra plots).
+        moments: with --theory or --report, the directory given to `caldera compress --moments`: no calibration where it
+            holds the run's Moments.
     """
-    if moments is not None and not theory:
-        raise ValueError("--moments is for --theory: add --theory, or leave --moments out")
+    if moments is not None and not theory and report is None:
+        raise ValueError("--moments is for --theory and --report: add --theory or --report, or leave --moments out")
+    if report is not None:
+        keep_programs()
+        page.write(directory, report, moments)
+        print(f"written: {report}")
+        if not theory:
+            return
     r = explain.report_of(directory)
     if theory:
         return theory_table(directory, moments)

@@ -1,11 +1,11 @@
-"""Perplexity of a dense or compressed model."""
+"""Perplexity of a dense or compressed model, and the loss of every token."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from caldera_jax import calibration, spread
@@ -21,6 +21,16 @@ def perplexity(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w 
     on a device at a time; of several processes each takes its own shards of the windows, and all must call this.
     Raises ValueError for windows of fewer than two tokens, or a loss that is not finite.
     """
+    losses = token_losses(config, params, windows, batch, title).astype(np.float64)
+    return float(np.exp(losses.sum() / losses.size))
+
+
+def token_losses(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w s"], batch: int = 4,
+                 title: str | None = None) -> Float[np.ndarray, "w s-1"]:
+    """Negative log-likelihood, in nats, of tokens 2 … s of each window, given the tokens before them in it.
+
+    On every process; float32, or float64 for a float64 embedding.  Raises as ``perplexity`` does.
+    """
     if windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of at least 2 tokens, got {windows.shape[1]}")
     streams, quiet = calibration.embed(params, windows), title is None or spread.rank() > 0
@@ -29,10 +39,9 @@ def perplexity(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w 
         if not all(np.isfinite(shard).all() for device in streams for shard in device):
             raise ValueError(f"blocks.{index}: its output holds NaN or infinite values: the weights overflow")
     losses = spread.exchange(_losses(config, params, streams, windows), spread.window_owners(len(windows)))
-    total = losses.astype(np.float64).sum()
-    if not np.isfinite(total):
+    if not np.isfinite(losses.astype(np.float64).sum()):
         raise ValueError("the loss is not finite: the head's weights overflow")
-    return float(np.exp(total / losses.size))
+    return losses
 
 
 def _losses(config, params, streams, windows):

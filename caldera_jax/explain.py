@@ -1,7 +1,7 @@
 """What the theory says of every layer of a compressed model: measured error, bounds, rate-distortion limit, gap."""
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from caldera_jax import artifact, calibration, files, hessian, incoherence, kernels, objective
-from caldera_jax.codebooks import Codebook, quantize
+from caldera_jax.codebooks import Codebook, rounding_error
 from caldera_jax.compress import RunConfig, calibrated, fingerprint, hessians_sha256, recorded
 from caldera_jax.linear import CompressedLinear
 from caldera_jax.models import convert, data, llama
@@ -84,16 +84,6 @@ def _tail(a: np.ndarray, h: np.ndarray, rank: int) -> float:
     """Σ_{i>k} σᵢ²(A H^½)."""
     energies = np.linalg.eigvalsh(a @ h @ a.T)  # ascending; σᵢ² and, where m > n, zeros
     return float(np.clip(energies[:len(energies) - rank], 0, None).sum())
-
-
-@cache
-def rounding_error(grid: Codebook) -> float:
-    """c: mean squared error a weight of a grid, fitted as to a layer, on a fixed sample of unit Gaussian numbers."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((256, 1024)), jnp.float32)
-    return float(jnp.mean((_quantize(grid, x, jax.random.key(0)).values - x) ** 2))
-
-
-_quantize = jax.jit(quantize, static_argnums=0)
 
 
 def of_layer(layer: CompressedLinear, w: Float[np.ndarray, "m n"], h: Float[np.ndarray, "n n"], damping: float,

@@ -77,9 +77,10 @@ class Run:
     def remember(self, name: str, value: Any) -> None:
         """Keep a record of the run for a later start."""
         if spread.rank() == 0:
-            self._write(name, value)
+            self.keep(name, value)
 
-    def _write(self, name: str, value: Any) -> None:
+    def keep(self, name: str, value: Any) -> None:
+        """``remember`` what this process alone has made."""
         files.write_json(self.work / f"{name}.json", report.plain(value))
 
     def records(self) -> list[dict[str, Any]]:
@@ -102,7 +103,7 @@ class Run:
     def keep_layer(self, path: str, layer: CompressedLinear, row: dict[str, Any]) -> None:
         """Write a finished layer: arrays first, and then the record that makes it count."""
         files.write_arrays(self.work / f"{path}.safetensors", artifact.layer_arrays(layer))
-        self._write(path, {**row, "meta": artifact.layer_meta(layer)})
+        self.keep(path, {**row, "meta": artifact.layer_meta(layer)})
 
     def wait(self, paths: list[str]) -> None:
         """Wait, for as long as it takes, until all processes have finished these layers; messages between them may be

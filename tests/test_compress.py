@@ -13,7 +13,7 @@ import tiny
 
 from caldera_jax import CalderaConfig, artifact, calibration, cli, evaluate, files, linear, report
 from caldera_jax import compress as compress_module
-from caldera_jax.compress import Run, RunConfig, Tokens, compress
+from caldera_jax.compress import Run, RunConfig, Tokens, compress, memory_need
 from caldera_jax.models import convert, data, llama, weights
 
 CALDERA = CalderaConfig(rank=3, outer_iterations=2, inner_iterations=1, quantizer="uniform", q_bits=3,
@@ -468,3 +468,11 @@ def test_base_perplexity_of_smollm2_equals_that_of_transformers(tmp_path):
             losses.append(float(other(input_ids=tokens, labels=tokens).loss))
     found = evaluate.perplexity(model.config, model.params, windows)
     assert found == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+
+
+def test_the_memory_of_a_process_counts_the_streams_of_a_backward_pass():
+    few, many = (dataclasses.replace(tiny.CONFIG, layers=layers) for layers in (1000, 3000))
+    streams = 4 * 2000 * calibration.CHUNK * tiny.CONFIG.dim  # float32, of the further 2000 blocks
+    assert memory_need(many) - memory_need(few) == streams
+    wide = dataclasses.replace(tiny.CONFIG, ffn_dim=4000)  # a layer's 16 n² are more
+    assert memory_need(wide) == memory_need(dataclasses.replace(wide, layers=3)) > 4 * 16 * 4000**2

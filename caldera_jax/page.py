@@ -1,0 +1,612 @@
+"""A page that explains a compressed model: one HTML file with its figures inside, no script and no link outwards."""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from caldera_jax import artifact, evaluate, explain, files, incoherence, kernels
+from caldera_jax.allocate import UNITS
+from caldera_jax.compress import RunConfig, fingerprint, recorded
+from caldera_jax.linear import CompressedLinear
+from caldera_jax.models import convert, data, llama
+
+PARTS = ("codes of Q", "codes of L", "codes of R", "scales", "rotation")
+COLOURS = ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7")  # told apart by the colour-blind, too (Okabe, Ito)
+STYLE: dict[Any, Any] = {
+    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "lines.linewidth": 1.3, "axes.grid": True,
+    "grid.linewidth": 0.4, "grid.alpha": 0.6, "axes.axisbelow": True, "figure.constrained_layout.use": True,
+    "svg.hashsalt": "caldera", "svg.fonttype": "path"}
+WINDOWS, RISEN, PASSAGE, BEFORE = 8, 20, 256, 12  # windows read; tokens listed, shown, and before a listed one
+BINS = ((0.9, 1.0), (0.5, 0.9), (0.1, 0.5), (0.01, 0.1), (0.0, 0.01))  # of the base model's probability: (low, high]
+
+
+class LayerFacts(NamedTuple):
+    """What is kept of a layer W [m, n] ≈ Q + L R with H = Σ λᵢ vᵢ vᵢᵀ, λ falling.  E = Q + L R − W."""
+
+    path: str
+    block: int
+    kind: str
+    weights: int
+    rank: int
+    bits: dict[str, int]  # by part; their sum is stored_bits
+    loss: Float[np.ndarray, " n"]  # λᵢ ‖E vᵢ‖², whose sum is tr(E H Eᵀ)
+    energy: Float[np.ndarray, " n"]  # λᵢ ‖W vᵢ‖²
+    diagonal: Float[np.ndarray, " n"]  # Hⱼⱼ over its median
+    taken: Float[np.ndarray, " n"]  # ‖L R eⱼ‖² / ‖W eⱼ‖²; NaN where W eⱼ = 0
+    spectra: dict[str, np.ndarray]  # singular values over ‖W H^½‖_F by what they are of; empty but for the examples
+
+    @property
+    def error(self) -> float:
+        """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ))."""
+        energy = self.energy.sum()
+        return math.sqrt(max(self.loss.sum(), 0.0) / energy) if energy > 0 else 0.0
+
+
+class TextFacts(NamedTuple):
+    """Held-out windows, the text of each token, and the loss in nats of each but a window's first."""
+
+    pieces: list[list[str]]
+    base: Float[np.ndarray, "w s-1"]
+    compressed: Float[np.ndarray, "w s-1"]
+
+
+# ---- what is measured
+
+
+def write(directory: Path, target: Path, moments: Path | None = None) -> None:
+    """Write the page of a compressed model: where its bits went, its spectra, its error, its channels, its tokens.
+
+    ``moments``: as ``explain.layers`` takes it.  In memory: one layer, and one input's eigenvectors.
+    Cost, beside the calibration (or the reading of kept Moments) and WINDOWS windows of text through both models:
+    float64 on the host, O(n³) an input and O(m n²) a layer, and four SVDs for each of at most three layers: for the 210
+    layers of SmolLM2-135M 3 minutes of one CPU core, calibration on 64 windows of 512 included.  The same directory
+    gives the same bytes on the same machine with the same versions.
+    Raises ValueError for a target that is a directory, lacks a folder or does not end in .html, where matplotlib is
+    missing, for a directory that holds no finished model, and where model, text or Hessians are no longer the run's.
+    """
+    if target.is_dir():
+        raise ValueError(f"{target} is a directory: name the file to write, as {target / 'page.html'}")
+    if target.suffix != ".html":
+        raise ValueError(f"{target}: the report is an HTML page: give it a name that ends in .html")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent}: no such directory: make it first")
+    plots()
+    report = explain.report_of(directory)
+    text = read_text(directory)  # first: it soon tells what is missing
+    files.write(target, render(report, measure(directory, moments), text).encode())
+
+
+def plots():
+    """matplotlib; ValueError where it is missing."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("the page's figures need matplotlib: pip install 'caldera-jax[plots]'") from error
+    return matplotlib
+
+
+def measure(directory: Path, moments: Path | None = None) -> list[LayerFacts]:
+    """The facts of every compressed layer, in order; raises as ``explain.layers``."""
+    chosen = examples(explain.report_of(directory)["layers"])
+    found, h, eigen = [], None, (np.empty(0), np.empty((0, 0)))
+    for path, layer, w, own, _ in explain.layers(directory, moments):
+        if h is None or not np.array_equal(own, h):  # q, k, v share theirs, and so do gate, up
+            h, (values, vectors) = own, np.linalg.eigh(own)
+            eigen = values[::-1], vectors[:, ::-1]
+        found.append(of_layer(path, layer, w, h, eigen, path in chosen))
+    return found
+
+
+def of_layer(path: str, layer: CompressedLinear, w: Float[np.ndarray, "m n"], h: Float[np.ndarray, "n n"],
+             eigen: tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n n"]], spectra: bool) -> LayerFacts:
+    """The facts of one layer; ``eigen``: λ falling and the vᵢ in columns.  Host function, O(m n²)."""
+    with jax.enable_x64(True), kernels.use("jax"):
+        q, low_rank = (np.asarray(part) for part in _parts(layer))
+    (values, vectors), e = eigen, q + low_rank - w
+    along = lambda a: values * np.sum((a @ vectors) ** 2, axis=0)
+    energy, diagonal, of_w = along(w), np.diag(h), np.sum(w**2, axis=0)
+    active = diagonal[diagonal > 0]
+    taken = np.divide(np.sum(low_rank**2, axis=0), of_w, out=np.full(len(of_w), np.nan), where=of_w > 0)
+    singular = {}
+    if spectra and energy.sum() > 0:  # A H^½ V has those of A H^½
+        root, norm = vectors * np.sqrt(np.clip(values, 0, None)), math.sqrt(energy.sum())
+        singular = {name: np.linalg.svd(a @ root, compute_uv=False) / norm
+                    for name, a in (("W", w), ("Q", q), ("L R", low_rank), ("E", e)) if a.any()}
+    _, block, kind = path.split(".")
+    return LayerFacts(path, int(block), kind, w.size, layer.rank, bits_of(layer), along(e), energy,
+                      diagonal / (np.median(active) if len(active) else 1.0), taken, singular)
+
+
+@jax.jit
+def _parts(layer):
+    """Q and L R in the caller's basis, float64; zeros for a part that is off."""
+    q, left, right = (None if part is None else part.astype(jnp.float64) for part in layer.rotated())
+    sides, none = layer.sides(jnp.float64), jnp.zeros(layer.shape, jnp.float64)
+    return (none if q is None else incoherence.undo(sides, q),
+            none if left is None else incoherence.undo(sides, left @ right))
+
+
+def bits_of(layer: CompressedLinear) -> dict[str, int]:
+    """Stored bits by PARTS, whose sum is ``stored_bits``."""
+    count = lambda tree: sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    parts = layer.q, layer.left_t, layer.right
+    codes = (0 if part is None else count(part.codes) for part in parts)
+    scales = [part.scale for part in parts if part is not None]
+    sides = layer.left_side, layer.right_side
+    return dict(zip(PARTS, (*codes, count(scales), count(sides)), strict=True))
+
+
+def examples(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """path -> why: the layers of the largest and of the smallest error, and the first of the largest others."""
+    size, error = lambda row: math.prod(row["shape"]), lambda row: row["error"]
+    worst, best = max(rows, key=error), min(rows, key=error)
+    others = [row for row in rows if row is not worst and row is not best]
+    return {worst["path"]: "the largest", best["path"]: "the smallest"} | (
+        {max(others, key=size)["path"]: "a large layer"} if others else {})
+
+
+def read_text(directory: Path) -> TextFacts:
+    """The first WINDOWS windows of the run's evaluation text and their losses under both models.
+
+    Raises ValueError where the model or the text is not, or no longer, the run's.
+    """
+    run = artifact.read_manifest(directory)["run"]
+    config: RunConfig = recorded(run["config"])
+    base, compressed = convert.load(config.model), artifact.load(directory)
+    if fingerprint(base) != run["model_sha256"]:
+        raise ValueError(f"{config.model} is not the model that {directory} was compressed from: its weights have "
+                         "changed since; put those back, or compress again")
+    theirs = config.evaluation
+    documents = data.load_text(theirs.text)
+    if theirs.text == config.calibration.text:
+        _, documents = data.split(documents)
+    tokens = data.token_windows(base.tokenizer, documents, theirs.window, theirs.windows, "evaluation")
+    if files.sha256(tokens) != run["evaluation_sha256"]:
+        raise ValueError(f"the evaluation text {theirs.text!r} has changed since the run: put the old one back")
+    windows = tokens[:WINDOWS]
+    losses = (np.asarray(evaluate.token_losses(model.config, model.params, windows, title=title), np.float64)
+              for model, title in ((base, "base losses"), (compressed, "compressed losses")))
+    return TextFacts([pieces(base.tokenizer, window) for window in windows], *losses)
+
+
+def pieces(tokenizer, tokens: Int[np.ndarray, " s"]) -> list[str]:
+    """The text that each token adds (decoded alone, some lose their blank); U+FFFD for a part of a character."""
+    def decode(i, j):
+        return tokenizer.decode(tokens[max(i, 0):j].tolist(), skip_special_tokens=False)
+
+    def piece(i):
+        before, after = decode(i - 4, i).rstrip("\ufffd"), decode(i - 4, i + 1)
+        return after[len(before):] if after.startswith(before) else decode(i, i + 1)
+
+    return [piece(i) for i in range(len(tokens))]
+
+
+# ---- the page
+
+
+def render(report: dict[str, Any], layers: Sequence[LayerFacts], text: TextFacts) -> str:
+    """The whole page."""
+    sections = {"Summary": summary(report), "Where the bits went": bits(layers, report),
+                "Spectra": spectra(layers, examples(report["layers"])), "Share of the error": errors(layers, report),
+                "Input channels that L R took over": channels(layers, examples(report["layers"])),
+                "Text: tokens that lost most": tokens(text)}
+    links = " ".join(f'<a href="#s{i}">{escape(title)}</a>' for i, title in enumerate(sections, 1))
+    body = "\n".join(f'<section id="s{i}"><h2>{i}. {escape(title)}</h2>\n{content}</section>'
+                     for i, (title, content) in enumerate(sections.items(), 1))
+    name = escape(Path(report["model"]).name)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}, compressed</title>\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{CSS}</style></head>\n'
+            f"<body><h1>{name}, compressed</h1>\n<nav>{links}</nav>\n{body}\n</body></html>\n")
+
+
+escape = html.escape
+
+CSS = """
+body { max-width: 1160px; margin: 0 auto; padding: 0 16px 48px; color: #1a1a1a; background: #fff;
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
+nav a { display: inline-block; margin: 0 1rem .3rem 0; } p { max-width: 46rem; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top;
+  white-space: nowrap; }
+th { color: #555; font-weight: 600; } caption { text-align: left; color: #555; padding: .3rem 0; }
+.t { text-align: left; } table.text td.t { white-space: normal; min-width: 12rem; }
+tr.sum td { font-weight: 600; border-top: 2px solid #999; }
+.scroll { overflow-x: auto; } .wide { max-width: none; }
+.panels { display: flex; flex-wrap: wrap; gap: 12px; } .panels > * { flex: 0 1 375px; min-width: 0; }
+figure { margin: 0; max-width: 100%; } .panels img { width: 100%; height: auto; }
+mark { background: #f6c9a0; padding: 0 .1em; } details { margin: .8rem 0; } summary { cursor: pointer; color: #0060a0; }
+.passage { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 56rem; line-height: 1.8; padding: .8rem 1rem;
+  border: 1px solid #ddd; } .key span { padding: .1rem .5rem; }
+.big { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1rem 0; } .big div { color: #555; }
+.big b { display: block; font-size: 1.5rem; color: #1a1a1a; }
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "", text: Sequence[int] = (0,),
+          total: bool = False, kind: str = "data") -> str:
+    """A table whose columns ``text`` are set left; cells are escaped but for those that are ``Markup``."""
+    def row(cells, tag, of=""):
+        marked = (f"<{tag}{' class=t' if i in text else ''}>{_cell(cell)}</{tag}>" for i, cell in enumerate(cells))
+        return f"<tr{of}>{''.join(marked)}</tr>"
+
+    rows = list(rows)
+    lines = [row(cells, "td", " class=sum" if total and i == len(rows) - 1 else "") for i, cells in enumerate(rows)]
+    above = f"<caption>{escape(caption)}</caption>" if caption else ""
+    body = "\n".join(lines)
+    return (f'<div class=scroll><table class="{kind}">{above}<thead>{row(head, "th")}</thead>\n'
+            f"<tbody>{body}</tbody></table></div>\n")
+
+
+class Markup(str):
+    """HTML that is made here."""
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, Markup) else escape(str(value))
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{escape(text)}</p>\n"
+
+
+def panel(draw: Callable[[Any], None], alt: str, size: tuple[float, float] = (4.2, 3.1)) -> str:
+    """A figure of one panel, ``size`` in inches, which ``draw`` gets the axes of."""
+    matplotlib = plots()
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE), io.BytesIO() as file:
+        figure = Figure(figsize=size)
+        draw(figure.add_subplot())
+        figure.savefig(file, format="svg", dpi=150, metadata={"Date": None})
+        content = base64.b64encode(file.getvalue()).decode()
+    wide = size[0] > 5
+    image = (f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{content}"'
+             f'{f" class=wide width={size[0] * 90:.0f}" if wide else ""}>')
+    return f"<figure{' class=scroll' if wide else ''}>{image}</figure>\n"
+
+
+def panels(*each: str) -> str:
+    """Figures side by side, as many as fit."""
+    return f"<div class=panels>{''.join(each)}</div>\n"
+
+
+# ---- its sections
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Section 1."""
+    base, compressed = report["base_perplexity"], report["compressed_perplexity"]
+    dense = 2 * report["compressed_weights"]  # bytes in 16 bits
+    big = {"perplexity of the base model": f"{base:.3f}", "perplexity compressed": f"{compressed:.3f}",
+           "bits per weight": f"{report['bits_per_weight']:.4f}", "MB of layers": f"{report['stored_bytes'] / 1e6:.2f}"}
+    cells = "".join(f"<div><b>{value}</b>{escape(name)}</div>" for name, value in big.items())
+    said = (f"{len(report['layers'])} linear layers of {report['compressed_weights'] / 1e6:.2f} million weights take "
+            f"{report['stored_bytes'] / 1e6:.2f} MB; 16 bits a weight would take {dense / 1e6:.2f} MB. Perplexity on "
+            f"{report['evaluated_tokens']} held-out tokens goes from {base:.3f} to {compressed:.3f}, by "
+            f"{100 * (compressed / base - 1):+.1f} %.")
+    rows = [(name, "none" if value is None else value) for name, value in _settings(report["config"])]
+    return (f"<div class=big>{cells}</div>\n{paragraph(said)}<details><summary>Settings of the run</summary>\n"
+            f"{table(('setting', 'value'), rows, text=(0, 1))}</details>\n")
+
+
+def _settings(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted name, value) of every setting."""
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    named = {f"{prefix}.{name}" if prefix else name: item for name, item in value.items()}
+    return [pair for name, item in named.items() if not name.endswith("kind") for pair in _settings(item, name)]
+
+
+def bits(layers: Sequence[LayerFacts], report: dict[str, Any]) -> str:
+    """Section 2."""
+    by_kind, by_block = (_grouped(layers, key) for key in (lambda f: f.kind, lambda f: f.block))
+    total = {part: sum(f.bits[part] for f in layers) for part in PARTS}
+    stored, weights = sum(total.values()), sum(f.weights for f in layers)
+    share = {part: f"{100 * count / stored:.1f} %" for part, count in total.items()}
+    said = (f"Of {stored:,} bits ({stored / weights:.4f} a weight) the codes of Q take {share['codes of Q']}, those of "
+            f"L {share['codes of L']}, those of R {share['codes of R']}, scales {share['scales']} and the rotations' "
+            f"signs or factors {share['rotation']}.")
+
+    def stack(groups, unit, label):
+        def draw(axes):
+            bottom = np.zeros(len(groups))
+            for part, colour in zip(PARTS, COLOURS, strict=True):
+                heights = np.asarray([sum(f.bits[part] for f in group) / unit(group) for group in groups.values()])
+                axes.bar(range(len(groups)), heights, 0.75, bottom, color=colour, label=part)
+                bottom += heights
+            axes.set(ylabel=label, ylim=(0, 1.32 * bottom.max()), xlabel="" if "q" in groups else "block")
+            step = -(-len(groups) // 12)
+            axes.set_xticks(range(0, len(groups), step), [str(name) for name in groups][::step])
+            axes.grid(axis="x", visible=False)
+            axes.legend(ncols=3, loc="upper left", columnspacing=1, handlelength=1)
+        return draw
+
+    per_weight = lambda group: sum(f.weights for f in group)
+    drawn = panels(panel(stack(by_kind, lambda group: 8e6, "megabytes"), "Megabytes by kind of layer"),
+                   panel(stack(by_kind, per_weight, "bits per weight"), "Bits per weight by kind of layer"),
+                   panel(stack(by_block, per_weight, "bits per weight"), "Bits per weight by block"))
+    head = (*PARTS, "all bits", "bits a weight")
+    return (paragraph(said) + drawn + _planned(layers, report)
+            + table(("kind", *head), _bit_rows(by_kind), "Stored bits by kind of layer", total=True)
+            + "<details><summary>The same by block</summary>\n"
+            + table(("block", *head), _bit_rows(by_block), "Stored bits by block", total=True) + "</details>\n")
+
+
+def _planned(layers: Sequence[LayerFacts], report: dict[str, Any]) -> str:
+    """What a plan gave each layer; nothing where there was no budget."""
+    if "allocation" not in report:
+        return ""
+    rule = report["allocation"]
+    said = (f"Rank and bits of Q were chosen for a budget of {report['budget_bits_per_weight']:.4f} bits a weight, by "
+            f"{rule}: damage predicted {report['predicted_loss']:.5f}, achieved {report['loss']:.5f} ({UNITS[rule]}, "
+            "summed over the layers). In each cell of the map: the rank of L R.")
+    values = [sum(f.bits.values()) / f.weights for f in layers]
+    return paragraph(said) + heat(layers, values, "bits a weight", "Bits a weight of each layer",
+                                  [str(f.rank) for f in layers], low=min(values))
+
+
+def heat(layers: Sequence[LayerFacts], values: Sequence[float], title: str, alt: str,
+         cells: Sequence[str] | None = None, low: float = 0.0) -> str:
+    """A map of kinds by blocks, coloured from ``low`` on; ``cells``: what is written in each (None: the values)."""
+    blocks = sorted({f.block for f in layers})
+    cells = [f"{value:.1f}" for value in values] if cells is None else cells
+
+    def draw(axes):
+        grid = np.full((len(llama.LINEARS), len(blocks)), np.nan)
+        places = [(llama.LINEARS.index(f.kind), blocks.index(f.block)) for f in layers]
+        for place, value in zip(places, values, strict=True):
+            grid[place] = value
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low)
+        axes.set(xlabel="block", yticks=range(len(llama.LINEARS)), yticklabels=llama.LINEARS, title=title)
+        axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
+        axes.grid(visible=False)
+        for (i, j), cell in zip(places, cells, strict=True):
+            axes.text(j, i, cell, ha="center", va="center", fontsize=7.5,
+                      color="black" if image.norm(grid[i, j]) > 0.6 else "white")
+        axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+
+    return panel(draw, alt, (max(4.2, 1.2 + 0.36 * len(blocks)), 3.1))
+
+
+def _bit_rows(groups: dict[Any, list[LayerFacts]]) -> list[tuple[Any, ...]]:
+    every = [f for group in groups.values() for f in group]
+
+    def row(name, group):
+        counts = [sum(f.bits[part] for f in group) for part in PARTS]
+        weights = sum(f.weights for f in group)
+        return name, *(f"{count:,}" for count in (*counts, sum(counts))), f"{sum(counts) / weights:.4f}"
+
+    return [*(row(name, group) for name, group in groups.items()), row("all", every)]
+
+
+def _grouped(layers: Sequence[LayerFacts], key: Callable[[LayerFacts], Any]) -> dict[Any, list[LayerFacts]]:
+    """Layers by key, keys in the order in which they come."""
+    groups: dict[Any, list[LayerFacts]] = {}
+    for f in layers:
+        groups.setdefault(key(f), []).append(f)
+    return groups
+
+
+def spectra(layers: Sequence[LayerFacts], chosen: dict[str, str]) -> str:
+    """Section 3."""
+    by_path = {f.path: f for f in layers}
+
+    def draw(f, why):
+        def inner(axes):
+            for name, values in f.spectra.items():
+                kept = values[:f.rank] if name == "L R" else values
+                axes.loglog(np.arange(1, len(kept) + 1), kept, LINES[name], color=SHADES[name], label=f"{name} H^½")
+            if f.rank:
+                axes.axvline(f.rank, color="#777777", linewidth=0.8, linestyle=":")
+            axes.set(xlabel="index i (dotted: rank k)" if f.rank else "index i", ylabel="singular value / ‖W H^½‖",
+                     title=f"{f.path}: error {f.error:.4f}, {why}", ylim=_decades(f.spectra))
+            axes.legend(loc="lower left")
+        return inner
+
+    said = ("Singular values of each part times H^½, H the second moment of the layer's inputs, so that they count as "
+            "the outputs do; over the Frobenius norm ‖W H^½‖, so without a unit. ")
+    said += " ".join(_spectrum_says(by_path[path]) for path in chosen)
+    drawn = (panel(draw(by_path[path], why), f"Spectra of {path}") for path, why in chosen.items()
+             if by_path[path].spectra)
+    return paragraph(said) + panels(*drawn)
+
+
+LINES = {"W": "-", "Q": "-", "L R": "--", "E": "-"}
+SHADES = {"W": "#000000", "Q": COLOURS[0], "L R": COLOURS[1], "E": COLOURS[4]}
+
+
+def _decades(spectra: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Limits that show what matters and not the rounding of zeros."""
+    top = max(values[0] for values in spectra.values())
+    middle = [np.median(values[values > 1e-9 * top]) for values in spectra.values() if values[0] > 1e-9 * top]
+    return min(0.1 * min(middle), 1e-2 * top), 1.6 * top
+
+
+def _spectrum_says(f: LayerFacts) -> str:
+    if not f.spectra or not f.rank:
+        return f"{f.path} has no {'L R' if f.spectra else 'energy'}."
+    energy = lambda name: 100 * float(np.sum(f.spectra.get(name, np.zeros(1))[:f.rank] ** 2))
+    return (f"In {f.path} the {f.rank} leading directions of W hold {energy('W'):.1f} % of ‖W H^½‖², and "
+            f"‖L R H^½‖² is {energy('L R'):.1f} % of it.")
+
+
+def errors(layers: Sequence[LayerFacts], report: dict[str, Any]) -> str:
+    """Section 4."""
+    losses = np.asarray([f.loss.sum() for f in layers])
+    shares = losses / losses.sum() if losses.sum() > 0 else losses
+    worst, most = max(layers, key=lambda f: f.error), int(np.argmax(shares))
+    said = (f"The relative error sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) is the largest in {worst.path}, {worst.error:.4f}. "
+            f"Summed over the layers, tr(E H Eᵀ), the squared error of the outputs per token, has "
+            f"{100 * shares[most]:.1f} % in {layers[most].path}; layers differ in the unit of their outputs, so that "
+            "such a share is of squares and not of perplexity.")
+    maps = (heat(layers, [100 * f.error for f in layers], "relative error, %", "Relative error of each layer"),
+            heat(layers, (100 * shares).tolist(), "share of the summed tr(E H Eᵀ), %",
+                 "Share of the error of each layer"))
+    wide = "class=wide" in maps[0]
+    return (paragraph(said) + ("".join(maps) if wide else panels(*maps))
+            + f"<details><summary>Every layer</summary>\n{_every_layer(layers, shares, report)}</details>\n"
+            + _directions(layers))
+
+
+def _every_layer(layers: Sequence[LayerFacts], shares: np.ndarray, report: dict[str, Any]) -> str:
+    head, damages = ("layer", "relative error", "share of the error"), {}
+    if "allocation" in report:
+        head += tuple(f"damage {name}, {UNITS[report['allocation']]}" for name in ("predicted", "achieved"))
+        damages = {row["path"]: [f"{row[name]:.8f}" for name in ("predicted_loss", "loss")]
+                   for row in report["layers"]}
+    return table(head, [(f.path, f"{f.error:.6f}", f"{shares[i]:.8f}", *damages.get(f.path, ()))
+                        for i in np.argsort(-shares, kind="stable") for f in [layers[i]]])
+
+
+def cumulative(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Cumulative shares, which end at 1; zeros where there is nothing to share."""
+    total = values.sum()
+    return np.cumsum(values) / total if total > 0 else np.zeros(len(values))
+
+
+def _directions(layers: Sequence[LayerFacts]) -> str:
+    first = lambda values: cumulative(values)[-(-len(values) // 100) - 1]
+    energy, loss = (100 * float(np.mean([first(getattr(f, name)) for f in layers])) for name in ("energy", "loss"))
+    said = ("Along the eigenvectors of H, from the largest eigenvalue down: on average the first 1 % of the directions "
+            f"hold {energy:.1f} % of the outputs' energy tr(W H Wᵀ) and {loss:.1f} % of the error tr(E H Eᵀ). Where "
+            "the error's curve lies below the energy's, the directions that matter most were kept best.")
+
+    def draw(kind, group):
+        def inner(axes):
+            index = np.arange(1, len(group[0].loss) + 1)
+            for name, label, colour in (("energy", "energy", "#000000"), ("loss", "error", COLOURS[4])):
+                curves = np.stack([cumulative(getattr(f, name)) for f in group])
+                axes.fill_between(index, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+                axes.semilogx(index, curves.mean(0), color=colour, label=label)
+            axes.set(xlabel="eigenvectors of H, largest eigenvalue first", ylabel="cumulative share", ylim=(0, 1.02),
+                     title=f"{kind}: mean over the blocks, and their range", xlim=(1, len(index)))
+            axes.legend(loc="lower right")
+        return inner
+
+    drawn = (panel(draw(kind, group), f"Cumulative share of energy and error, layers {kind}", (4.2, 2.7))
+             for kind, group in _grouped(layers, lambda f: f.kind).items())
+    return "<h3>Along the eigenvectors of H</h3>\n" + paragraph(said) + panels(*drawn)
+
+
+def channels(layers: Sequence[LayerFacts], chosen: dict[str, str]) -> str:
+    """Section 5."""
+    ranked = [f for f in layers if f.rank > 0]
+    if not ranked:
+        return paragraph("Every layer has rank 0: there is no L R that could take over a channel.")
+    top = lambda f: np.argsort(-f.diagonal, kind="stable")[:-(-len(f.diagonal) // 100)]
+    middle = lambda values: float(np.nanmedian(values)) if np.isfinite(values).any() else 0.0
+    every, most = (float(np.mean(values)) for values in zip(
+        *((middle(f.taken), middle(f.taken[top(f)])) for f in ranked), strict=True))
+    said = ("Of input channel j, eⱼ its unit vector, L R has the energy ‖L R eⱼ‖² Hⱼⱼ and W has ‖W eⱼ‖² Hⱼⱼ. Their "
+            f"ratio (without a unit; above 1 where Q takes some back) is {every:.3f} in the median channel and "
+            f"{most:.3f} in the 1 % of channels with the largest Hⱼⱼ, on average over the layers.")
+
+    plots()
+    from matplotlib import ticker
+
+    def draw(f):
+        def inner(axes):
+            seen = np.flatnonzero((f.diagonal > 0) & (f.taken > 0))  # NaN is not
+            x, y = f.diagonal[seen], f.taken[seen]
+            axes.semilogx(x, y, ".", color=COLOURS[0], markersize=3, alpha=0.5, rasterized=True)
+            parts = np.array_split(seen[np.argsort(x, kind="stable")], min(12, len(seen)))
+            axes.plot([np.median(f.diagonal[part]) for part in parts], [np.median(f.taken[part]) for part in parts],
+                      color=COLOURS[1], label="median of a twelfth")
+            axes.set(xlabel="Hⱼⱼ / median", ylabel="‖L R eⱼ‖² / ‖W eⱼ‖²", ylim=(0, None),
+                     title=f"{f.path}, k = {f.rank}")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+            axes.legend(loc="best")
+        return inner
+
+    shown = [f for f in ranked if f.path in chosen and np.any((f.diagonal > 0) & (f.taken > 0))]
+    head = ("block", "input of", "channel j", "Hⱼⱼ / median", "L R's ratio to W")
+    return (paragraph(said) + panels(*(panel(draw(f), f"Channels of {f.path}") for f in shown))
+            + table(head, _outliers(ranked), "The channels with the largest Hⱼⱼ", text=(1, 4)))
+
+
+def _outliers(layers: Sequence[LayerFacts], count: int = 15) -> list[tuple[Any, ...]]:
+    """Block, layers of the input, channel, Hⱼⱼ over the median, and the ratio of L R to W in each of the layers."""
+    inputs = _grouped(layers, lambda f: (f.block, llama.INPUT_OF[f.kind]))
+    each = [(group[0].diagonal[j], group, j) for group in inputs.values()
+            for j in np.argsort(-group[0].diagonal, kind="stable")[:count]]
+    largest = sorted(each, key=lambda found: -found[0])[:count]
+    return [(group[0].block, ", ".join(f.kind for f in group), j, f"{ratio:.1f}",
+             ", ".join(f"{f.kind} {f.taken[j]:.3f}" for f in group)) for ratio, group, j in largest]
+
+
+def tokens(text: TextFacts) -> str:
+    """Section 6."""
+    rise = text.compressed - text.base
+    said = (f"{rise.size} tokens of held-out text in {len(rise)} windows: the loss −log p rises by {rise.mean():.4f} "
+            f"nats on average, from {text.base.mean():.4f} to {text.compressed.mean():.4f}; it rises on "
+            f"{100 * np.mean(rise > 0):.0f} % of the tokens and falls on the others.")
+    order = np.argsort(-rise, axis=None, kind="stable")[:RISEN]
+    rows = (_risen(text, *np.unravel_index(at, rise.shape)) for at in order)
+    head = ("token, after what comes before it", "rise, nats", "p base", "p compressed")
+    return (paragraph(said) + table(head, rows, f"The {len(order)} tokens whose loss rose most", kind="text")
+            + f"<h3>A passage</h3>\n{_passage(text, rise)}<h3>Certain or uncertain tokens?</h3>\n{_bins(text, rise)}")
+
+
+def _risen(text: TextFacts, window: Any, at: Any) -> tuple[Any, ...]:
+    """A row of the table: the loss at ``at`` is of the token after it."""
+    base, compressed = text.base[window, at], text.compressed[window, at]
+    line = lambda parts: escape("".join(parts).replace("\n", "↵"))
+    before = line(text.pieces[window][max(at + 1 - BEFORE, 0):at + 1])
+    token = line(text.pieces[window][at + 1])
+    return (Markup(f"{before}<mark>{token}</mark>"), f"{compressed - base:.4f}", f"{math.exp(-base):.4g}",
+            f"{math.exp(-compressed):.4g}")
+
+
+def _passage(text: TextFacts, rise: np.ndarray) -> str:
+    """The start of the first window, each token shaded by its rise."""
+    def shaded(piece, value, title):
+        colour = "213,94,0" if value > 0 else "0,114,178"
+        style = f' style="background:rgba({colour},{0.75 * min(abs(value) / 3, 1):.2f})"'
+        return f"<span{style if abs(value) >= 0.1 else ''}{title}>{escape(piece)}</span>"
+
+    each = zip(text.pieces[0][1:PASSAGE], text.base[0], text.compressed[0], rise[0], strict=False)
+    spans = (shaded(piece, value, f' title="base {math.exp(-base):.3g}, compressed {math.exp(-compressed):.3g}"')
+             for piece, base, compressed, value in each)
+    key = " ".join(shaded(f"{value:+d}" if value else "0", value, "") for value in (-3, -2, -1, 0, 1, 2, 3))
+    said = "The first window. Colour: the rise in nats; orange lost, blue gained."
+    return (f"<p class=key>{said} {key}</p>\n<div class=passage>{escape(text.pieces[0][0])}{''.join(spans)}</div>\n")
+
+
+def _bins(text: TextFacts, rise: np.ndarray) -> str:
+    """Mean rise by the base model's probability of the token."""
+    probability = np.exp(-text.base)
+    inside = [rise[(probability > low) & (probability <= high)] if low else rise[probability <= high]
+              for low, high in BINS]
+    names = [f"{low:g} to {high:g}" for low, high in BINS]
+    rows = [(name, x.size, f"{x.mean():.4f}" if x.size else "–", f"{100 * x.sum() / rise.sum():.1f} %"
+             if rise.sum() else "–") for name, x in zip(names, inside, strict=True)]
+
+    def draw(axes):
+        means = np.asarray([x.mean() if x.size else 0.0 for x in inside])
+        chance = [x.std() / math.sqrt(x.size) if x.size else 0.0 for x in inside]
+        colours = [COLOURS[1] if mean > 0 else COLOURS[0] for mean in means]
+        axes.bar(range(len(inside)), means, 0.7, yerr=chance, color=colours, error_kw={"capsize": 3})
+        axes.set_xticks(range(len(names)), [name.replace(" to ", "–") for name in names])
+        axes.axhline(0, color="#333333", linewidth=0.8)
+        axes.grid(axis="x", visible=False)
+        axes.set(xlabel="base model's probability of the token", ylabel="mean rise, nats ± standard error")
+
+    said = ("Tokens by the probability p that the base model gives them; the mean rise is the largest where p is "
+            f"{names[int(np.argmax([x.mean() if x.size else -np.inf for x in inside]))]}. A loss near 0 can only rise, "
+            "and a high one falls by chance more easily: some slope would be there for noise alone.")
+    head = ("p base", "tokens", "mean rise, nats", "share of the whole rise")
+    return paragraph(said) + panels(panel(draw, "Mean rise by the base model's probability"), table(head, rows))

@@ -1,0 +1,89 @@
+"""What the command line makes of a budget."""
+
+import pytest
+import tiny
+
+from caldera_jax import cli
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """A function from arguments to the RunConfig that they ask for; nothing runs."""
+    seen = []
+
+    def stop(config, *_):
+        seen.append(config)
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(cli, "run_compress", stop)
+
+    def tell(*arguments):
+        monkeypatch.setattr("sys.argv", ["caldera", "compress", *map(str, arguments), "--processes", "0"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        return seen[-1]
+
+    return tell
+
+
+def test_a_budget_is_bits_a_weight_or_megabytes_of_all_compressed_layers(told, tmp_path):
+    model = tiny.write_model(tmp_path / "model")
+    config = told(model, "--out", tmp_path / "out", "--bits", "2.3", "--allocation", "trace")
+    assert (config.bits, config.allocation) == (2.3, "trace")
+    weights = 24 * 24 + 2 * 12 * 24 + 24 * 24 + 3 * 40 * 24  # q; k, v; o; gate, up, down
+    for more, blocks in (([], 2), (["--blocks", "1"], 1)):
+        config = told(model, "--out", tmp_path / "out", "--megabytes", "0.004", "--preset", "default", *more)
+        assert config.bits == pytest.approx(32_000 / (blocks * weights)) and config.allocation == "gradient"
+    plain = told(model, "--out", tmp_path / "out")
+    assert plain.bits is None and plain.ranks is None
+    config = told(model, "--out", tmp_path / "out", "--megabytes", "1", "--ranks", "0", "8", "--preset", "paper",
+                  "--downdate", "False")
+    assert config.ranks == (0, 8) and not config.caldera.downdate
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--bits", "2.3", "--megabytes", "40"], "two words for one budget"),
+    (["--allocation", "trace"], "give --bits or --megabytes"), (["--ranks", "0"], "give --bits or --megabytes"),
+    (["--bits", "2.3", "--preset", "paper"], "add --downdate False"),
+    (["--megabytes", "40", "--preset", "paper"], "add --downdate False"),
+    (["--megabytes", "-1"], "give a positive number"),
+    (["--bits", "2.3", "--rank", "8"], "leave out --rank and --q-bits"),
+    (["--megabytes", "40", "--q-bits", "2"], "leave out --rank and --q-bits"),
+    (["--bits", "0"], "give a positive number"),
+    (["--bits", "2.3", "--activations", "compressed"], "activations='dense'"),
+])
+def test_a_budget_that_contradicts_itself_is_refused_in_one_line(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["caldera", "compress", "no-such-model", "--out", "nowhere", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("bits", 1.0), ("megabytes", 0.0001)])
+def test_too_small_a_budget_says_the_least_in_bits_and_megabytes(monkeypatch, capsys, tmp_path, name, value):
+    model = str(tiny.write_model(tmp_path / "model"))
+    text = str(tiny.write_text(tmp_path / "text.txt"))
+    windows = [flag for part, count in (("calibration", 4), ("evaluation", 3)) for flag in (
+        f"--{part}-text", text, f"--{part}-windows", str(count), f"--{part}-window", "32")]
+    monkeypatch.setattr("sys.argv", ["caldera", "compress", model, "--out", str(tmp_path / "out"), f"--{name}",
+                                     str(value), *windows, "--quantizer", "uniform", "--processes", "0"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    error = capsys.readouterr().err
+    assert "a weight, 0.0" in error and "MB) of the cheapest choice: raise it" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_writes_the_page_in_place_of_the_table_and_beside_the_theory(monkeypatch, capsys, tmp_path):
+    written = []
+    monkeypatch.setattr(cli.page, "write", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(cli.explain, "report_of", lambda _: {})
+    monkeypatch.setattr(cli, "theory_table", lambda *arguments: print("theory"))
+    monkeypatch.setattr(cli, "keep_programs", lambda: None)
+    for more, last in (([], f"written: {tmp_path / 'page.html'}"), (["--theory"], "theory")):
+        monkeypatch.setattr("sys.argv", ["caldera", "inspect", str(tmp_path), "--report", str(tmp_path / "page.html"),
+                                         "--moments", str(tmp_path / "moments"), *more])
+        cli.main()
+        assert written.pop() == (tmp_path, tmp_path / "page.html", tmp_path / "moments") and not written
+        assert capsys.readouterr().out.splitlines()[-1] == last
