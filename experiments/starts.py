@@ -134,7 +134,10 @@ def split(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors, 
 
 
 def joined(parts: Sequence[LowRank]) -> LowRank:
-    """Several L R as one of the sum of their ranks; a scale of a whole matrix becomes one a row, equal in a part."""
+    """Several L R as one of the sum of their ranks; a scale of a whole matrix becomes one a row, equal in a part.
+
+    So k scales a factor are kept where one a part would do: whoever counts the bits counts those (``baselines.srr``).
+    """
     def by_rows(part: Quantized) -> Quantized:
         return part._replace(scale=jnp.broadcast_to(part.scale, (len(part.values), part.scale.shape[1])))
 
