@@ -12,6 +12,7 @@ import pytest
 
 from caldera_jax import files
 
+BEING_RUN = ("frontier", "allocation", "distillation")
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
@@ -151,8 +152,8 @@ def test_the_smoke_preset_runs_is_judged_and_drawn(name, results):
 def test_committed_results_are_those_of_the_full_preset_and_make_the_committed_figure(name):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     experiment = importlib.import_module(name).EXPERIMENT
-    if not list((machinery.RESULTS / name).glob("full_*.json")):
-        pytest.skip("not measured yet")
+    if name in BEING_RUN and not (machinery.FIGURES / f"{name}.png").is_file():
+        pytest.skip("not all of its runs are made yet")
     found = machinery.collect(experiment, "full")
     assert all(r["config_hash"] and r["preset"] == "full" for r in found)
     assert (machinery.FIGURES / f"{name}.png").is_file() and experiment.verdict(found)
