@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from machinery import Experiment, Result, axes, decide, source, with_interval
+from perplexity import moments
 
 from caldera_jax import CalderaConfig
 from caldera_jax.compress import RunConfig, Tokens, compress
@@ -40,12 +40,6 @@ def runs(preset: str) -> list[Config]:
     few = CalderaConfig(outer_iterations=5, svd="randomized")
     return tiny + [Config("smollm2-135m", rule, 2.3, few, 64, 512, 0)
                    for rule in ("uniform", "gradient", "gradient, rank 0")]
-
-
-@cache
-def moments() -> TemporaryDirectory:
-    """Where the Moments are kept until this process ends: calibration runs once for a model."""
-    return TemporaryDirectory()
 
 
 def measure(config: Config) -> Result:
