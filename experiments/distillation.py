@@ -1,9 +1,10 @@
 """Distillation after compression: the same steps on the same tokens, given to one method of each family.
 
-What a method stores in 16 bits is trained, codes and masks stay: the factors of low rank and of Q + L R, the values
-that pruning kept, the weights that blocks share.  Where nothing large is stored in 16 bits (quantization, k-means) a
-scale for every output and every input is trained instead, and its 16 bits each are counted.  The dense model is the
-teacher.
+Each student starts at about 3 bits a weight.  Trained are the numbers that a method stores as numbers, 8 bits each,
+while codes and masks stay: the factors of low rank and of Q + L R, the values that pruning kept, the weights that
+blocks share; afterwards they are rounded to 8 bits again.  Where there are none (quantization, k-means) a scale for
+every output and every input is trained instead, and its 16 bits each are counted.  The dense model is the teacher.  How
+many numbers are trained differs between students, and is in the verdict.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +30,12 @@ from caldera_jax.models import llama
 
 # method, settings, what is trained
 STUDENTS = {
-    "quantization": ("e8p", (("bits", 2),), "scales"),
-    "low rank": ("svd_data", (("bits", 4.0),), "factors"),
-    "both": ("caldera", (("rank", 8), ("factor_bits", 16)), "factors beside Q"),
-    "pruning": ("sparsegpt", (("kept", 0.25),), "values"),
-    "sharing": ("share_blocks", (("group", 5), ("how", "first")), "shared values"),
-    "sharing, k-means": ("kmeans_shared", (("bits", 2),), "scales"),
+    "quantization": ("e8p", (("bits", 3),), "scales"),
+    "low rank": ("svd_data", (("bits", 3.0), ("factor_bits", 8)), "factors"),
+    "both": ("caldera", (("rank", 12), ("factor_bits", 8)), "factors beside Q"),
+    "pruning": ("sparsegpt", (("kept", 0.25), ("value_bits", 8)), "values"),
+    "sharing": ("share_blocks", (("group", 3), ("value_bits", 8)), "shared values"),
+    "sharing, k-means": ("kmeans_shared", (("bits", 3),), "scales"),
 }
 
 
@@ -75,8 +76,9 @@ def parts(config: Config) -> tuple[list[dict[str, dict[str, Array]]], list[dict[
     free, frozen, bits = [], [], 0
     if method == "share_blocks":
         params, bits = sharing.share_blocks(model.config, model.params, **dict(settings))
-        first = {name: {"w": jnp.asarray(params["blocks"][0][name], jnp.float32)} for name in llama.LINEARS}
-        return [first], [{name: {} for name in llama.LINEARS}] * model.config.layers, _per_weight(model, bits)
+        owners = params["blocks"][::dict(settings)["group"]]
+        free = [{name: {"w": jnp.asarray(block[name], jnp.float32)} for name in llama.LINEARS} for block in owners]
+        return free, [{name: {} for name in llama.LINEARS}] * model.config.layers, _per_weight(model, bits)
     folder = frontier.statistics(*data_of, config.seed, "calibration")
     for index in range(model.config.layers):
         hessians = frontier.hessians(folder, index)
@@ -108,7 +110,8 @@ def _layer(method, settings, trained, key, w, h) -> tuple[dict[str, Array], dict
         return {"left": left, "right": right}, {}, found.bits
     if trained == "values":
         return {"w": found.weight}, {"mask": found.weight != 0}, found.bits
-    return {"out": jnp.ones(m), "in": jnp.ones(n)}, {"w": found.weight}, found.bits + 16 * (m + n)
+    scales = {"out": jnp.ones(m, jnp.float32), "in": jnp.ones(n, jnp.float32)}
+    return scales, {"w": found.weight}, found.bits + 16 * (m + n)
 
 
 def _factors(a: Array, rank: int) -> tuple[Array, Array]:
@@ -128,8 +131,9 @@ def dense(free: dict[str, Array], frozen: dict[str, Array]) -> Array:
 
 
 def assembled(params: llama.Params, free, frozen) -> llama.Params:
-    """The student: a block of ``free`` may serve several of ``frozen``."""
-    blocks = [dict(block) | {name: dense(free[i % len(free)][name], frozen[i][name]) for name in llama.LINEARS}
+    """The student: a block of ``free`` may serve several neighbours of ``frozen``."""
+    group = -(-len(frozen) // len(free))
+    blocks = [dict(block) | {name: dense(free[i // group][name], frozen[i][name]) for name in llama.LINEARS}
               for i, block in enumerate(params["blocks"])]
     return params | {"blocks": blocks}
 
@@ -173,8 +177,8 @@ def measure(config: Config) -> Result:
     """Perplexity on held-out text before and after, the losses of training, and that on 16 windows aside."""
     model, params = machinery.model(config.model), dense_params(config.model)
     free, frozen, bits = parts(config)
-    count = config.steps * config.batch
-    tokens = frontier.tokens(config.model, count + 16, config.window, 0, "calibration")
+    count, seen = config.steps * config.batch, 3 * config.windows  # what calibrates any seed is not trained on
+    tokens = frontier.tokens(config.model, seen + 16 + count, config.window, 0, "calibration")[seen:]
     aside, order = tokens[:16], np.random.default_rng(config.seed).permutation(count) + 16
     tested = frontier.tokens(config.model, config.windows, config.window, 0, "evaluation")[:32]
     perplexity: Callable[[Any], float] = lambda free: evaluate.perplexity(
@@ -189,12 +193,20 @@ def measure(config: Config) -> Result:
     return {"family": config.student, "method": STUDENTS[config.student][0], "bits": bits,
             "base_perplexity": float(np.exp(frontier.dense_losses(config.model, config.windows, config.window).mean())),
             "before": before,
-            "perplexity": perplexity(free), "validation": float(validation), "trace": losses}
+            "trained": sum(leaf.size for leaf in jax.tree.leaves(free)), "perplexity": perplexity(free),
+            "validation": float(validation), "trace": losses}
 
 
 def _stored(free):
-    """Rounded to float16."""
-    return jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), free)
+    """As they are stored: scales as float16, anything else as 8 bits and a float16 scale for each row of W, Lᵀ or R."""
+    half = lambda a: a.astype(jnp.float16).astype(jnp.float32)
+
+    def eight(a):
+        step = half(jnp.max(jnp.abs(a), axis=1, keepdims=True) / 127)
+        return step * jnp.clip(jnp.round(a / jnp.where(step > 0, step, 1)), -127, 127)
+
+    store = {"out": half, "in": half, "left": lambda a: eight(a.T).T, "right": eight, "w": eight}
+    return [{name: {part: store[part](a) for part, a in of.items()} for name, of in block.items()} for block in free]
 
 
 def chosen(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -221,7 +233,8 @@ def verdict(results: Sequence[Result]) -> str:
     for family, rows in chosen(results).items():
         ratio = [r["perplexity"] / r["before"] for r in rows]
         rates = sorted({r["config"]["rate"] for r in rows})
-        lines.append(f"{family} ({rows[0]['method'].replace('_', ' ')}, {rows[0]['bits']:.2f} bits): "
+        lines.append(f"{family} ({rows[0]['method'].replace('_', ' ')}, {rows[0]['bits']:.2f} bits, "
+                     f"{rows[0]['trained']} numbers trained): "
                      f"{np.mean([r['before'] for r in rows]):.2f} to {np.mean([r['perplexity'] for r in rows]):.2f}, "
                      f"{decide(ratio)} ({with_interval(ratio)}), {np.mean([recovered(r) for r in rows]):.0%} of the "
                      f"lost log perplexity; rate {', '.join(f'{rate:g}' for rate in rates)}")

@@ -151,9 +151,37 @@ def test_the_soft_loss_is_zero_for_the_teacher_itself_and_its_gradient_does_not_
 
 def test_of_three_rates_the_one_of_least_validation_loss_counts_and_recovery_is_a_share_of_the_lost_logarithm():
     base = {"family": "both", "method": "caldera", "bits": 2.0, "base_perplexity": 10.0, "before": 40.0, "seed": 0,
-            "trace": [1.0], "config": {"model": "tiny", "rate": 1, "steps": 1, "batch": 1, "window": 2,
+            "trained": 5, "trace": [1.0], "config": {"model": "tiny", "rate": 1, "steps": 1, "batch": 1, "window": 2,
                                        "temperature": 2.0}}
     rows = [{**base, "validation": 2.0, "perplexity": 12.0}, {**base, "validation": 1.0, "perplexity": 20.0}]
     ((chosen,),) = distillation.chosen(rows).values()
     assert chosen["perplexity"] == 20.0 and distillation.recovered(chosen) == pytest.approx(0.5)
     assert "50% of the lost log perplexity" in distillation.verdict(rows)
+
+
+def test_a_student_is_rebuilt_from_what_is_trained_and_stored_in_eight_bits(monkeypatch):
+    rng = np.random.default_rng(0)
+    w, q = (jnp.asarray(rng.standard_normal((6, 9)), jnp.float32) for _ in range(2))
+    low_rank = np.asarray(w[:, :2] @ w[:2], np.float64)
+    left, right = distillation._factors(low_rank, 2)
+    both = distillation.dense({"left": left, "right": right}, {"q": q})
+    np.testing.assert_allclose(both, np.float32(low_rank) + q, atol=1e-5)
+    scales = {"out": jnp.ones(6, jnp.float32), "in": jnp.full(9, 2, jnp.float32)}
+    np.testing.assert_array_equal(distillation.dense(scales, {"w": w}), 2 * w)
+    np.testing.assert_array_equal(distillation.dense({"w": w}, {"mask": w > 0}), np.maximum(np.asarray(w), 0))
+    free = [{"q": {"w": w, "left": left, "right": right, "out": w[:, 0]}}]
+    ((stored,),) = ([block["q"] for block in distillation._stored(free)],)
+    for name, axis in (("w", 1), ("left", 0), ("right", 1)):
+        a = np.asarray(free[0]["q"][name])
+        step = np.abs(a).max(axis, keepdims=True) / 127
+        assert np.all(np.abs(stored[name] - a) <= (0.5 + 127 * 2**-11) * step)  # half a step, and float16 of the step
+    assert np.array_equal(stored["out"], np.float32(np.float16(w[:, 0])))
+
+
+def test_blocks_that_share_weights_are_neighbours(monkeypatch):
+    monkeypatch.setattr(distillation.llama, "LINEARS", ("q",))
+    params = {"blocks": [{"q": None, "norm": i} for i in range(5)]}
+    free = [{"q": {"w": jnp.full((2, 2), float(i))}} for i in range(2)]
+    built = distillation.assembled(params, free, [{"q": {}}] * 5)
+    assert [float(block["q"][0, 0]) for block in built["blocks"]] == [0, 0, 0, 1, 1]
+    assert [block["norm"] for block in built["blocks"]] == [0, 1, 2, 3, 4]
