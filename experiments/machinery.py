@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import stats
 from tqdm import tqdm
@@ -72,6 +73,15 @@ def run(experiment: Experiment, preset: str) -> None:
             with claimed(target, wait) as mine:
                 if mine and not target.is_file():
                     files.write_json(target, _measured(experiment, preset, config, clock))
+                    drop_programs()
+
+
+def drop_programs() -> None:
+    """Forget what JAX compiled before this process has mapped all that Linux lets it: 65,530 regions, several a
+    program; the next compilation would fail."""
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 def _measured(experiment: Experiment, preset: str, config: Any, clock: report.Clock) -> Result:

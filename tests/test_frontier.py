@@ -159,7 +159,7 @@ def test_of_three_rates_the_one_of_least_validation_loss_counts_and_recovery_is_
     assert "50% of the lost log perplexity" in distillation.verdict(rows)
 
 
-def test_a_student_is_rebuilt_from_what_is_trained_and_stored_in_eight_bits(monkeypatch):
+def test_a_student_is_rebuilt_from_what_is_trained_and_stored_in_eight_bits():
     rng = np.random.default_rng(0)
     w, q = (jnp.asarray(rng.standard_normal((6, 9)), jnp.float32) for _ in range(2))
     low_rank = np.asarray(w[:, :2] @ w[:2], np.float64)
