@@ -1,4 +1,4 @@
-"""Bits where they count: rank and bits of Q of every layer under one budget, by the damage that theory predicts.
+"""Bits where they count: rank, bits of Q and of L R of every layer under one budget, by the damage theory predicts.
 
 Each layer is measured once (``error_model``), its damage is weighed by how much the model's output cares
 (``damage``), and ``plan`` spends the budget.  ``calibration.gradients`` gives what the output cares.
@@ -24,6 +24,7 @@ from caldera_jax.lplr import LowRank
 from caldera_jax.objective import proxy_loss
 
 Q_BITS = (2, 3, 4)
+FACTOR_BITS = (2, 4)  # 16 were never worth their bits (experiments/results/frontier, theory/results/factor_bits.json)
 
 Number = float | int
 Rule = Literal["gradient", "trace", "error", "uniform"]
@@ -32,10 +33,11 @@ UNITS: dict[Rule, str] = {"gradient": "nats a token", "trace": "nats a token", "
 
 
 class Option(NamedTuple):
-    """What a layer may be stored as; the factors' bits are as configured."""
+    """What a layer may be stored as."""
 
     rank: int
     q_bits: int
+    factor_bits: int | tuple[int, int] = FACTOR_BITS[-1]  # of no meaning at rank 0
 
     def of(self, config: CalderaConfig) -> CalderaConfig:
         """The configuration with this choice."""
@@ -46,15 +48,20 @@ def grid(shape: tuple[int, int]) -> tuple[int, ...]:
     """0 and the five powers of two nearest min(m, n) / 64, …, min(m, n) / 4, from 8 on: at 4096 64 to 1024, at 192 8 to
     64.
 
-    Few, as every rank and number of bits of Q compiles once for every shape; none below 8, where the predicted damage
-    falls but perplexity does not.
+    Few, as every option compiles once for every shape.  None below 8, where on the tiny model of experiments/ the
+    predicted damage falls but perplexity does not: a choice made on that perplexity.
     """
     top = round(math.log2(min(shape) / 4))
     return 0, *(2**i for i in range(max(top - 4, 3), top + 1))
 
 
+def factor_bits(config: CalderaConfig) -> tuple[int | tuple[int, int], ...]:
+    """Bits of L and R to choose from: FACTOR_BITS of a family, those of a Codebook."""
+    return FACTOR_BITS if isinstance(config.factor_quantizer, str) else (config.factor_bits,)
+
+
 def options(shape: tuple[int, int], config: CalderaConfig, ranks: Sequence[int] | None = None) -> list[Option]:
-    """Q of 2, 3 or 4 bits beside L R of each of these ranks (None: of ``grid``), its factors as configured.
+    """Q of 2, 3 or 4 bits beside L R of each of these ranks (None: of ``grid``), of 2 or 4 bits.
 
     Raises ValueError for a rank above min(m, n), and where the configuration leaves no choice of the bits of Q: its
     quantizer is a Codebook, or of a family that does not offer them.
@@ -66,7 +73,9 @@ def options(shape: tuple[int, int], config: CalderaConfig, ranks: Sequence[int] 
     if max(ranks) > min(shape):
         raise ValueError(f"rank {max(ranks)} exceeds min(m, n) = {min(shape)} of a layer {shape}: leave it out of the "
                          "ranks")
-    return [Option(rank, bits) for bits in Q_BITS for rank in ranks]
+    of_factors = factor_bits(config)
+    return [Option(rank, bits, factors) for bits in Q_BITS for rank in ranks
+            for factors in (of_factors if rank else of_factors[-1:])]
 
 
 @cache
@@ -121,17 +130,21 @@ def error_model(key: Key[Array, ""], w: Float[Array | np.ndarray, "m n"], h: Flo
     ranks, bits = (tuple(sorted({option[i] for option in choices})) for i in (0, 1))
     found = _measure(key, w.astype(dtype), h.astype(dtype), replace(config, rank=0, q_bits=bits[0]), ranks, bits)
     of_q, repaired, square, own, rest, energy, trace = (np.asarray(part, np.float64) for part in found)
-    c_left, c_right = map(rounding_error, config.factor_grids)
-    wider = 1 + (c_left + c_right) * square / np.maximum(rest, np.finfo(np.float64).tiny)
-    q_last = of_q * wider[None, :, None]
-    kept = np.stack([c_left * own + c_right * square * trace / w.shape[1], (c_left + c_right) * square])
-    lr_last = q_last * (1 - repaired[:, :, None]) + kept[:, :, None]
-    best = np.where(lr_last[0] < q_last[0], lr_last, q_last)
-    where = [(ranks.index(option.rank), bits.index(option.q_bits)) for option in choices]
+
+    def loss(option):
+        """tr(E H Eᵀ) and ‖E‖²."""
+        i, j = ranks.index(option.rank), bits.index(option.q_bits)
+        c_left, c_right = map(rounding_error, option.of(config).factor_grids)
+        wider = 1 + (c_left + c_right) * square[i] / max(rest[i], np.finfo(np.float64).tiny)
+        kept = [c_left * own[i] + c_right * square[i] * trace / w.shape[1], (c_left + c_right) * square[i]]
+        q_last = of_q[:, i, j] * wider
+        return min(q_last, q_last * (1 - repaired[:, i]) + kept, key=lambda losses: losses[0])
+
+    best = np.array([loss(option) for option in choices])
     if not np.isfinite(best).all():
         raise ValueError(f"{name}: the weight or the Hessian holds NaN or infinite values, or no damping makes the "
                          "Hessian positive definite: check the file and the calibration text")
-    return ErrorModel(*(of[tuple(zip(*where, strict=True))].tolist() for of in best), float(energy), float(trace))
+    return ErrorModel(*best.T.tolist(), float(energy), float(trace))
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
@@ -242,22 +255,22 @@ def _hull(bits: Sequence[int], damages: Sequence[Number]) -> list[int]:
 
 def alike_options(shapes: Sequence[tuple[int, int]], config: CalderaConfig, budget: Number,
                   dtype: Any = jnp.float32, ranks: Sequence[int] | None = None) -> list[Option]:
-    """For each number of bits of Q that fits, L R of the largest rank that fits, for all layers alike, and of rank 0.
+    """For all bits of Q and of L R, the largest rank that fits, for all layers alike; and the least, where it fits.
 
-    ranks: of which (None: of all up to min(m, n) of the smallest layer); the least of them takes the place of rank 0.
+    ranks: of which (None: of all from 0 to min(m, n) of the smallest layer).
     Raises ValueError as ``plan`` and ``options`` do.
     """
     most = min(map(min, shapes))
     ranks = range(most + 1) if ranks is None else sorted(ranks)
     options((most, most), config, ranks)  # raises
     total = lambda option: sum(stored_bits(shape, option.of(config), dtype) for shape in shapes)
-    cheapest = [Option(ranks[0], bits) for bits in Q_BITS]
-    check([[total(option) for option in cheapest]], budget, sum(m * n for m, n in shapes))
-    found = []
-    for option in (o for o in cheapest if total(o) <= budget):
+    least = options((most, most), config, ranks[:1])
+    check([[total(option) for option in least]], budget, sum(m * n for m, n in shapes))
+    found = [option for option in least if total(option) <= budget]
+    for option in (Option(0, bits, factors) for bits in Q_BITS for factors in factor_bits(config)):
         one, two = (total(option._replace(rank=k)) for k in (1, 2))  # every further rank stores as much more
-        fits = [k for k in ranks[1:] if one + (k - 1) * (two - one) <= budget]
-        found += dict.fromkeys((option, option._replace(rank=max(fits, default=option.rank))))
+        if fits := [k for k in ranks[1:] if one + (k - 1) * (two - one) <= budget]:
+            found.append(option._replace(rank=max(fits)))
     return found
 
 
@@ -265,7 +278,7 @@ def dearest_bits(shapes: Sequence[tuple[int, int]], config: CalderaConfig, rule:
                  ranks: Sequence[int] | None = None) -> int:
     """Bits of all layers with the largest option of each: more budget buys nothing more."""
     alike = ranks if ranks or rule != "uniform" else (min(map(min, shapes)),)
-    largest = lambda shape: Option(max(alike or grid(shape)), max(Q_BITS))
+    largest = lambda shape: Option(max(alike or grid(shape)), max(Q_BITS), factor_bits(config)[-1])
     return sum(stored_bits(shape, largest(shape).of(config), dtype) for shape in shapes)
 
 

@@ -106,13 +106,13 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         moments: directory to keep the calibration Moments in, read again by later runs on the same model and text.
         hessians: directory of Hessians as the authors released them (0_qkv.pt, 0_o.pt, 0_up.pt, 0_down.pt, 1_qkv.pt, …;
             needs torch), used instead of calibrating.
-        bits: budget, bits a weight that the compressed layers may store, everything counted: chooses --rank and
-            --q-bits of every layer by itself, to do the least predicted damage. With --preset paper add --downdate
-            False.
+        bits: budget, bits a weight that the compressed layers may store, everything counted: chooses --rank, --q-bits
+            and --factor-bits of every layer by itself, to do the least predicted damage. With --preset paper add
+            --downdate False.
         megabytes: the same in 10^6 bytes of all compressed layers together.
         allocation: what a budget weighs layers by: gradient, by the Fisher information of their outputs and the error
             on their inputs; trace, by that of their weights and the plain error; error, relative error, all alike;
-            uniform chooses one rank and --q-bits for all.
+            uniform chooses one for all layers.
         ranks: that a budget chooses from, by default 0 and powers of two from 8 to a quarter of each layer's smaller
             side, five at most; 0 alone shares out the bits of Q.
         workers: who does the work.
@@ -125,8 +125,10 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         raise ValueError("--allocation and --ranks share out a budget: give --bits or --megabytes, or leave them out")
     if megabytes is not None and not 0 < megabytes < math.inf:
         raise ValueError(f"a budget of {megabytes} MB cannot be met: give a positive number")
-    if not (bits is None and megabytes is None) and not (rank is None and q_bits is None):
-        raise ValueError("a budget chooses the rank and the bits of Q: leave out --rank and --q-bits, or the budget")
+    if not (bits is None and megabytes is None) and not (
+            rank is None and q_bits is None and factor_bits is None):
+        raise ValueError("a budget chooses the rank, the bits of Q and those of L and R: leave out --rank, --q-bits "
+                         "and --factor-bits, or the budget")
     factors = factor_bits[0] if factor_bits is not None and len(factor_bits) == 1 else factor_bits
     base = PRESETS[preset]
     caldera = override(base.caldera, rank=rank, q_bits=q_bits, factor_bits=factors,
@@ -240,8 +242,8 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
 
 def inspect(directory: Directory, theory: bool = False, report: Path | None = None,
             moments: Path | None = None) -> None:
-    """Show the layers of a compressed model: shape, rank, error, bits, seconds; or error and bits beside the theory's;
-    or write a page that shows where the bits went and where the loss came from.
+    """Show the layers of a compressed model: shape, bits of Q, rank, bits of L and R, error, bits, damping, seconds; or
+    error and bits beside the theory's; or write a page that shows where the bits went and where the loss came from.
 
     Args:
         directory: of the compressed model.
@@ -268,11 +270,13 @@ def inspect(directory: Directory, theory: bool = False, report: Path | None = No
     r = explain.report_of(directory)
     if theory:
         return theory_table(directory, moments)
-    print(f"{'layer':18s} {'m':>6s} {'n':>6s} {'rank':>5s} {'error':>8s} {'bits':>7s} {'damping':>8s} {'seconds':>8s}")
+    print(f"{'layer':18s} {'m':>6s} {'n':>6s} {'Q':>3s} {'rank':>5s} {'L,R':>5s} {'error':>8s} {'bits':>7s} "
+          f"{'damping':>8s} {'seconds':>8s}")
     for row in r["layers"]:
         m, n = row["shape"]
-        print(f"{row['path']:18s} {m:6d} {n:6d} {row['rank']:5d} {row['error']:8.4f} {row['bits_per_weight']:7.4f} "
-              f"{row['damping']:8.3g} {row['seconds']:8.2f}")
+        factors = ",".join(f"{bits:g}" for bits in row["factor_bits"]) if row["rank"] else "-"
+        print(f"{row['path']:18s} {m:6d} {n:6d} {row['q_bits']:3g} {row['rank']:5d} {factors:>5s} {row['error']:8.4f} "
+              f"{row['bits_per_weight']:7.4f} {row['damping']:8.3g} {row['seconds']:8.2f}")
     print(table(r))
 
 

@@ -46,10 +46,10 @@ class RunConfig:
     hessians: a directory of Hessians as the authors released them, instead of calibrating.
     blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
     in the paper, or on the model whose earlier blocks are compressed already.
-    bits: a budget of stored bits a weight, for which ``allocate`` chooses rank and bits of Q of every layer (None: all
-    as in ``caldera``, whose rank and q_bits count for nothing otherwise).  allocation: by what; see
-    ``allocate.damage``; "uniform" chooses one for all layers.  ranks: to choose from (None: ``allocate.grid`` of each
-    layer, or any for "uniform"); (0,) shares out the bits of Q alone.
+    bits: a budget of stored bits a weight, for which ``allocate`` chooses rank, bits of Q and of L R of every layer
+    (None: all as in ``caldera``, whose rank, q_bits and factor_bits count for nothing otherwise).  allocation: by what;
+    see ``allocate.damage``; "uniform" chooses one for all layers.  ranks: to choose from (None: ``allocate.grid`` of
+    each layer, or any for "uniform"); (0,) shares out the bits of Q alone.
     """
 
     model: str
@@ -217,7 +217,7 @@ def _layer(config: RunConfig, model: Model, run: Run, clock: report.Clock, folde
     if run.layer(path) is not None:
         return
     chosen = plan.get(path)
-    caldera = config.caldera if chosen is None else Option(*chosen["option"]).of(config.caldera)
+    caldera = config.caldera if chosen is None else Option(*recorded(chosen["option"])).of(config.caldera)
     with clock.part() as part:
         key, w, h = _given(config, model, folder, index, i)
         layer, trace = compress_matrix(key, w, h, caldera, path)
@@ -304,11 +304,12 @@ def _errors(w, layer, h):
 
 def record(path: str, layer: CompressedLinear, error: float, trace, part: dict[str, float]) -> dict[str, Any]:
     """What the report says of one layer.  ``bits``: all stored bits of the layer; ``error``: against the undamped H."""
-    (m, n), grid = layer.shape, layer.grids[0]
-    q_bits = grid.code_bits / grid.block if grid else 0
+    (m, n), used = layer.shape, (layer.q, layer.left_t, layer.right)
+    q_bits, *factor_bits = (grid.code_bits / grid.block if part is not None else 0
+                            for grid, part in zip(layer.grids, used, strict=True))
     return {"path": path, "shape": [m, n], "error": error, "bits": layer.stored_bits,
             "bits_per_weight": layer.stored_bits / (m * n), "rank": layer.rank, "q_bits": q_bits,
-            "damping": float(trace.damping),
+            "factor_bits": factor_bits, "damping": float(trace.damping),
             "half_step_errors": [round(float(e), 6) for e in trace.error],
             "seconds": round(part["seconds"], 3), "compile_seconds": round(part["compile_seconds"], 3),
             "process": spread.rank()}

@@ -180,9 +180,12 @@ def test_ranks_are_a_short_grid_up_to_about_a_quarter_of_the_smaller_side():
 
 def test_options_are_all_ranks_and_bits_and_need_a_family():
     found = allocate.options((40, 100), E8P)
-    assert found == [Option(rank, bits) for bits in (2, 3, 4) for rank in (0, 8)]
-    assert Option(8, 3).of(E8P) == dataclasses.replace(E8P, rank=8, q_bits=3)
-    assert allocate.options((40, 100), E8P, (0, 40)) == [Option(rank, bits) for bits in (2, 3, 4) for rank in (0, 40)]
+    three = lambda rank, bits: [Option(0, bits), Option(rank, bits, 2), Option(rank, bits, 4)]
+    assert found == [*three(8, 2), *three(8, 3), *three(8, 4)]
+    assert Option(8, 3, 2).of(E8P) == dataclasses.replace(E8P, rank=8, q_bits=3, factor_bits=2)
+    assert allocate.options((40, 100), E8P, (0, 40)) == [*three(40, 2), *three(40, 3), *three(40, 4)]
+    own = dataclasses.replace(E8P, factor_bits=(2, 16), factor_quantizer=E8P.q_grid)
+    assert allocate.options((40, 100), own, (8,)) == [Option(8, bits, (2, 16)) for bits in (2, 3, 4)]
     with pytest.raises(ValueError, match=r"rank 41 exceeds min\(m, n\) = 40"):
         allocate.options((40, 100), E8P, (0, 41))
     with pytest.raises(ValueError, match="name a family"):
@@ -235,7 +238,7 @@ def layers():
     return machinery.layers("tiny", 2, windows=16)
 
 
-@pytest.mark.parametrize("name, option", [("k", Option(8, 2)), ("down", Option(16, 3))])
+@pytest.mark.parametrize("name, option", [("k", Option(8, 2)), ("down", Option(16, 3)), ("k", Option(32, 2, 2))])
 def test_with_rank_the_error_of_real_layers_is_predicted(layers, name, option):
     w, h = layers[name]
     config, key = CalderaConfig(svd="randomized", outer_iterations=8, inner_iterations=5), jax.random.key(0)
@@ -359,8 +362,10 @@ def test_a_model_of_35_layers_uses_its_budget_to_one_per_cent(bits_a_weight):
     table = [[allocate.stored_bits(shape, option.of(E8P)) for option in alike] for shape in TINY]
     assert all(spent(table, [o] * 35) <= budget for o in range(len(alike)))
     assert all(option.rank <= 96 for option in alike) and [o for o in alike if o.rank == 0][0] == Option(0, 2)
-    two = max(option.rank for option in alike if option.q_bits == 2)
-    assert sum(allocate.stored_bits(shape, Option(two + 1, 2).of(E8P)) for shape in TINY) > budget
+    for factors in (2, 4):
+        most = max(option.rank for option in alike if option[1:] == (2, factors))
+        assert most == 96 or sum(allocate.stored_bits(shape, Option(most + 1, 2, factors).of(E8P))
+                                 for shape in TINY) > budget
 
 
 def test_one_option_for_all_is_the_one_of_least_damage_that_fits():
@@ -376,7 +381,8 @@ def test_ranks_can_be_restricted_and_the_dearest_choice_is_the_largest_of_them()
     weights = sum(m * n for m, n in shapes)
     alone = allocate.alike_options(shapes, E8P, 3.2 * weights, ranks=(0,))
     assert alone == [Option(0, 2), Option(0, 3)]
-    assert allocate.alike_options(shapes, E8P, 9 * weights, ranks=(5, 1))[:2] == [Option(1, 2), Option(5, 2)]
+    assert [o for o in allocate.alike_options(shapes, E8P, 9 * weights, ranks=(5, 1)) if o.q_bits == 2] == [
+        Option(1, 2, 2), Option(1, 2, 4), Option(5, 2, 2), Option(5, 2, 4)]
     assert max(allocate.alike_options(shapes, E8P, 99 * weights)) == Option(96, 4)
     for rule, ranks, option in (("uniform", None, Option(96, 4)), ("gradient", (0,), Option(0, 4)),
                                 ("uniform", (2, 5), Option(5, 4))):
@@ -415,7 +421,9 @@ def test_a_run_keeps_its_budget_and_says_what_it_planned_and_what_came_of_it(fin
     assert 3.3 - 1 / 14 <= row["bits_per_weight"] <= 3.3
     assert len({(r["rank"], r["q_bits"]) for r in row["layers"]}) > 1
     for r in row["layers"]:
-        option = Option(r["rank"], int(r["q_bits"])).of(CHEAP)
+        factors = {"factor_bits": tuple(map(int, r["factor_bits"]))} if r["rank"] else {}
+        assert r["rank"] or r["factor_bits"] == [0, 0]
+        option = dataclasses.replace(CHEAP, rank=r["rank"], q_bits=int(r["q_bits"]), **factors)
         assert r["bits"] == allocate.stored_bits(tuple(r["shape"]), option)
         if r["rank"] == 0:  # measured in float32; no code of these flipped
             assert r["loss"] == pytest.approx(r["predicted_loss"], rel=1e-4)

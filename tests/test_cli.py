@@ -47,8 +47,9 @@ def test_a_budget_is_bits_a_weight_or_megabytes_of_all_compressed_layers(told, t
     (["--bits", "2.3", "--preset", "paper"], "add --downdate False"),
     (["--megabytes", "40", "--preset", "paper"], "add --downdate False"),
     (["--megabytes", "-1"], "give a positive number"),
-    (["--bits", "2.3", "--rank", "8"], "leave out --rank and --q-bits"),
-    (["--megabytes", "40", "--q-bits", "2"], "leave out --rank and --q-bits"),
+    (["--bits", "2.3", "--rank", "8"], "leave out --rank, --q-bits and --factor-bits"),
+    (["--megabytes", "40", "--q-bits", "2"], "leave out --rank, --q-bits and --factor-bits"),
+    (["--bits", "2.3", "--factor-bits", "2"], "leave out --rank, --q-bits and --factor-bits"),
     (["--bits", "0"], "give a positive number"),
     (["--bits", "2.3", "--activations", "compressed"], "activations='dense'"),
 ])
