@@ -364,7 +364,7 @@ def memory_need(config: llama.LlamaConfig) -> int:
     block, and what the layer with the most inputs works with; a block, its gradients, their squares and the rest of a
     backward pass, and the streams of CHUNK tokens that enter every block."""
     inputs = max(n for _, n in llama.shapes(config).values())
-    block = sum(math.prod(shape) for shape in llama.shapes(config).values())
+    block = llama.block_weights(config)
     layer, gradients = 3 * block + 16 * inputs**2, 5 * block + config.layers * calibration.CHUNK * config.dim
     return 10**9 + 4 * (4 * config.vocab * config.dim + max(layer, gradients))
 
@@ -408,7 +408,7 @@ def count(config: RunConfig, model: llama.LlamaConfig) -> int:
 
 def weights(config: RunConfig, model: llama.LlamaConfig) -> int:
     """Number of weights that a run compresses."""
-    return count(config, model) * sum(math.prod(shape) for shape in llama.shapes(model).values())
+    return count(config, model) * llama.block_weights(model)
 
 
 def budget(config: RunConfig, model: llama.LlamaConfig) -> float:

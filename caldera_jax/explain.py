@@ -117,13 +117,8 @@ def layers(directory: Path, moments: Path | None = None
     Raises ValueError where the artifact has no report, and where the model, the text or the Hessians are not, or no
     longer, those of the run.
     """
-    run = artifact.read_manifest(directory)["run"]
     rows = {row["path"]: row for row in report_of(directory)["layers"]}
-    config: RunConfig = recorded(run["config"])
-    compressed, model = artifact.load(directory), convert.load(config.model)
-    if fingerprint(model) != run["model_sha256"]:
-        raise ValueError(f"{config.model} is not the model that {directory} was compressed from: its weights have "
-                         "changed since; put those back, or compress again")
+    run, config, model, compressed = opened(directory)
     chosen = model.config.layers if config.blocks is None else config.blocks
     blocks = model.params["blocks"]
     with tqdm(total=chosen * len(llama.LINEARS), desc="theory", unit="layer") as progress:
@@ -135,6 +130,20 @@ def layers(directory: Path, moments: Path | None = None
                 yield path, layer, w, of_input(llama.INPUT_OF[name]), rows[path]
                 progress.update()
             blocks[index] = compressed.params["blocks"][index]  # later blocks may be calibrated behind it
+
+
+def opened(directory: Path) -> tuple[dict[str, Any], RunConfig, Model, Model]:
+    """What a run's manifest says of it, its configuration, the base model and the compressed one.
+
+    Raises ValueError where the base model is not, or no longer, the run's.
+    """
+    run = artifact.read_manifest(directory)["run"]
+    config: RunConfig = recorded(run["config"])
+    base, compressed = convert.load(config.model), artifact.load(directory)
+    if fingerprint(base) != run["model_sha256"]:
+        raise ValueError(f"{config.model} is not the model that {directory} was compressed from: its weights have "
+                         "changed since; put those back, or compress again")
+    return run, config, base, compressed
 
 
 def report_of(directory: Path) -> dict[str, Any]:

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from caldera_jax import artifact, evaluate, explain, files, incoherence, kernels
+from caldera_jax import evaluate, explain, files, incoherence, kernels
 from caldera_jax.allocate import UNITS
-from caldera_jax.compress import RunConfig, fingerprint, recorded
 from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import convert, data, llama
+from caldera_jax.models import data, llama
 
 PARTS = ("codes of Q", "codes of L", "codes of R", "scales", "rotation")
 COLOURS = ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7")  # told apart by the colour-blind, too (Okabe, Ito)
@@ -159,12 +158,7 @@ def read_text(directory: Path) -> TextFacts:
 
     Raises ValueError where the model or the text is not, or no longer, the run's.
     """
-    run = artifact.read_manifest(directory)["run"]
-    config: RunConfig = recorded(run["config"])
-    base, compressed = convert.load(config.model), artifact.load(directory)
-    if fingerprint(base) != run["model_sha256"]:
-        raise ValueError(f"{config.model} is not the model that {directory} was compressed from: its weights have "
-                         "changed since; put those back, or compress again")
+    run, config, base, compressed = explain.opened(directory)
     theirs = config.evaluation
     documents = data.load_text(theirs.text)
     if theirs.text == config.calibration.text:

@@ -50,7 +50,8 @@ def measure(config: Config) -> Result:
     with TemporaryDirectory() as folder:
         found = compress(chosen, Path(folder) / "out", Path(moments().name))
     kept = ("base_perplexity", "compressed_perplexity", "bits_per_weight", "mean_layer_error")
-    rows = [{key: row[key] for key in ("path", "rank", "bits_per_weight", "error", "predicted_loss", "loss")
+    rows = [{key: row[key] for key in ("path", "rank", "q_bits", "factor_bits", "bits_per_weight", "error",
+                                       "predicted_loss", "loss")
              if key in row} for row in found["layers"]]
     return {**{name: found[name] for name in kept}, "layers": rows, "stages": found["seconds"]}
 

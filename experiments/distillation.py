@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import machinery
 import numpy as np
 import optax
-import pruning
 import sharing
 from baselines import Layer
 from jax import Array
@@ -93,7 +92,7 @@ def parts(config: Config) -> tuple[list[dict[str, dict[str, Array]]], list[dict[
 
 
 def _per_weight(model, bits):
-    return bits / (model.config.layers * pruning.linear_weights(model.config))
+    return bits / (model.config.layers * llama.block_weights(model.config))
 
 
 def _layer(method, settings, trained, key, w, h) -> tuple[dict[str, Array], dict[str, Array], int]:
@@ -199,13 +198,11 @@ def measure(config: Config) -> Result:
 
 def _stored(free):
     """As they are stored: scales as float16, anything else as 8 bits and a float16 scale for each row of W, Lᵀ or R."""
-    half = lambda a: a.astype(jnp.float16).astype(jnp.float32)
-
     def eight(a):
-        step = half(jnp.max(jnp.abs(a), axis=1, keepdims=True) / 127)
+        step = baselines.half(jnp.max(jnp.abs(a), axis=1, keepdims=True) / 127)
         return step * jnp.clip(jnp.round(a / jnp.where(step > 0, step, 1)), -127, 127)
 
-    store = {"out": half, "in": half, "left": lambda a: eight(a.T).T, "right": eight, "w": eight}
+    store = {"out": baselines.half, "in": baselines.half, "left": lambda a: eight(a.T).T, "right": eight, "w": eight}
     return [{name: {part: store[part](a) for part, a in of.items()} for name, of in block.items()} for block in free]
 
 

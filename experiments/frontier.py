@@ -187,7 +187,7 @@ def measure(config: Config) -> Result:
         params = model.params | {"blocks": [block for block, _, _ in replaced]}
         bits = sum(bits for _, bits, _ in replaced)
         errors = [error for _, _, errors in replaced for error in errors]
-    weights = model.config.layers * pruning.linear_weights(model.config)
+    weights = model.config.layers * llama.block_weights(model.config)
     return {"family": family, "method": config.method, "bits": bits / weights, **lost(config, params),
             "error": float(np.mean(errors)) if errors else None, "errors": [float(f"{e:.5g}") for e in errors]}
 

@@ -190,11 +190,6 @@ def stored_block(block, value_bits: int) -> tuple[dict[str, np.ndarray], int]:
     return dict(block) | {name: w for name, (w, _) in found.items()}, sum(bits for _, bits in found.values())
 
 
-def linear_weights(config: LlamaConfig) -> int:
-    """Weights of the linear layers of one block."""
-    return sum(m * n for m, n in llama.shapes(config).values())
-
-
 # ---- which weights stay, and what it costs to say so
 
 

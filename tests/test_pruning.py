@@ -595,7 +595,7 @@ def test_bits_of_a_model_are_its_blocks_and_which_they_are(model, value_bits, gr
         _, bits = pruning.drop_blocks(CONFIG, *model, count, value_bits)
         each = value_bits * sum(LINEAR.values()) + grid * OUTPUTS
         assert isinstance(bits, int) and bits == (4 - count) * each + _bits_for(which)
-    assert sum(LINEAR.values()) == pruning.linear_weights(CONFIG)
+    assert sum(LINEAR.values()) == llama.block_weights(CONFIG)
 
 
 def test_dropping_none_only_rounds(model):

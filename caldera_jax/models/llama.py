@@ -75,6 +75,11 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
+def block_weights(config: LlamaConfig) -> int:
+    """Number of weights of a block's linear layers."""
+    return sum(math.prod(shape) for shape in shapes(config).values())
+
+
 def vector_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
     """(length,) of each of a block's gains and, where there are any, biases."""
     biases = {f"{name}_bias": shapes(config)[name][:1] for name in "qkv"} if config.qkv_bias else {}
