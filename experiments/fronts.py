@@ -208,6 +208,9 @@ def draw(results: Sequence[Result]):
             panel.set_xticks([], minor=True)
         bits = np.geomspace(curve(points)[0][0], 11, 200)
         first.plot(bits, np.interp(bits, *zip(*curve(points), strict=True)), "0.3", label="hull: mixtures of all")
+        best = [p for p in front(points) if p.mean > 0]
+        first.scatter([p.bits for p in best], [p.mean for p in best], s=45, facecolors="none", edgecolors="k",
+                      linewidths=0.7, label="surely beaten by none of fewer bits")
         first.set(ylabel=f"log perplexity above the dense model's ({dense_perplexity(results, model):.2f}), nats")
         limits = next(r for r in results if r["config"]["model"] == model and r["family"] == "limit")
         for sources, style, text in (("white", "--", "Gaussian reference"), ("own", ":", "the same, W's own energies")):
