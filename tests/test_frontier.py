@@ -111,8 +111,10 @@ def test_committed_bits_never_depend_on_the_seed(name):
         elif name == "allocation":  # under a budget they may, and are never above it
             assert 0.99 * r["config"]["bits"] <= r["bits_per_weight"] <= r["config"]["bits"] or (
                 r["config"]["rule"] == "uniform" and r["bits_per_weight"] <= r["config"]["bits"])
-    pruned = ("magnitude", "wanda", "sparsegpt", "gradient")  # the cheaper of two masks may be another
-    assert all(len(values) == 1 for label, values in bits.items() if not label.startswith(pruned))
+    # of two masks the cheaper is stored, and of a split rank a part may be empty, whose scale is not
+    chosen = ("magnitude", "wanda", "sparsegpt", "gradient", "pruning", "srr")
+    assert all(len(values) == 1 for label, values in bits.items() if not label.startswith(chosen))
+    assert all(max(values) < 1.001 * min(values) for values in bits.values())
 
 
 # ---- allocation
@@ -129,7 +131,8 @@ def test_a_rule_is_compared_with_uniform_sizes_of_its_own_seed(factor, word):
     uniform = [30.0, 33.0, 27.0]
     rows = [budgeted("uniform", u, seed) for seed, u in enumerate(uniform)]
     rows += [budgeted("gradient", factor * u, seed) for seed, u in enumerate(uniform)]
-    assert f"gradient {factor:.3f} ± 0.000 ({word})" in allocation.verdict(rows)
+    found = f"gradient {factor:.3f} ± 0.000 ({word}, below 1 in {3 * (factor < 1)} of 3 seeds)"
+    assert found in allocation.verdict(rows)
 
 
 # ---- distillation
