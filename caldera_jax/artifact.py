@@ -3,10 +3,96 @@
 ``manifest.json`` is written last, so a directory with one is complete.  It holds the format version, the model's
 configuration, the configuration of the run, shape and grids of every compressed layer, and the SHA-256 of every file.
 Names in a block's file: ``q.left_t.codes`` is field ``left_t.codes`` of the CompressedLinear of layer q; layers that
-stayed dense, and gains, have their own name alone.
+stayed dense, and gains, have their own name alone.  ``rest.safetensors`` has ``embed`` [vocabulary, width], ``norm``
+[width] and, unless the model is tied, ``head``, in the type that the base model had, as all that is dense.
+
+**The arrays of a layer** W [m, n] ≈ Uᵀ (Q + L R) V.  A part that is off (Q, or L and R) has none.
+
+    q.codes     uint8 [m, bytes]    row i of Q: ceil(n / g) codes of b bits, lowest bits and bytes first;
+                                    rows end on whole bytes, and the last code may stand for numbers beyond n
+    q.scale     float32 [1, 1]      what the decoded numbers are multiplied by; [m, ceil(n / group)] for a grid with a
+                                    ``group``: one for each so many columns of a row
+    left_t.*    [k, bytes], [1, 1]  the same for Lᵀ [k, m]
+    right.*     [k, bytes], [1, 1]  the same for R [k, n]
+    left_side   uint8 [ceil(m / 8)]  U = T diag(s): a bit an output, the lowest first, 1 for s = -1
+    right_side  uint8 [ceil(n / 8)]  V = T diag(s): the same for the inputs
+
+Fine-tuned, ``left_side`` and ``right_side`` are float16 [m] and [n], the s themselves, and ``trained.0`` [r, m] and
+``trained.1`` [r, n], bfloat16 or float32, are the first r rows of Lᵀ and R, those of the codes the others.
+
+Bits: b / g a weight of Q; k (m + n) b / g of the grid of L and R; m + n signs; 32 a scale; what fills up rows.  With
+rotation "orthogonal" a side is the Kronecker product of float32 matrices ``left_side.0``, ``left_side.1``; with "none"
+it is missing and the identity.  ``layers`` of the manifest has, for ``blocks.0.q``, ``shape`` [m, n] and ``grids`` of
+Q, Lᵀ and R, with these kinds (c a code):
+
+    E8P             g = 8, b = 16        e8p(c) below
+    ResidualE8P     g = 8, b = 8 bits    bits 4: e8p(c >> 16) + e8p(c & 65535) / residual_scale
+                                         bits 3: e8p(c >> 8) + e8(c & 255) / residual_scale: ``lattice.e8_decode``
+    Uniform         g = 1, b = bits      2 c / (2^bits - 1) - 1; so has Dithered
+    NormalFloat     g = 1, b = bits      level c of the sorted 2^bits: ``codebooks.NormalFloat.levels``
+    Half            g = 1, b = 16        the bits of a float16 or bfloat16: ``format``
+
+**T**, orthonormal of order n = 2^a q, q odd, is H ⊗ M / sqrt(n): Sylvester's H of order 2^a, and no M, if q = 1; else,
+where 4 q is at most 256 and 4 | n, M of order 4 q by Paley's first construction (4 q - 1 prime), or else his second
+(2 q - 1 prime), and H of order 2^a / 4.  M of order 172, for n = 11008, has the rows of blocks (A, BJ, CJ, DJ),
+(-BJ, A, DᵀJ, -CᵀJ), (-CJ, -DᵀJ, A, BᵀJ), (-DJ, CᵀJ, -BᵀJ, A), where J reverses columns and the circulant matrices have
+the entries A[i, j] = s[(i - j) mod 43], s[t] = -1 where bit t of 6ab0879193e, 36a81b91c7a, 68d7c650996 or 5e7fddc15ec
+(hexadecimal; for A, B, C, D) is set.  Where 4 q has no such M, ``hadamard.factor`` says what takes its place.
+
+**To decode** a layer of grids E8P and ResidualE8P of 4 bits with NumPy alone, from ``arrays`` by these names and the
+``layers`` entry ``meta`` (22 lines, and 16 that write out the lattice's table and Paley's matrices):
+
+    import itertools, numpy as np
+
+    triples = ("123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 "
+               "045 067 057 047 056 046 014 237").split()
+    rows = [[1.5 if i in t else 0.5 for i in range(8)] for j in range(5) for t in itertools.combinations(range(8), j)]
+    rows += [[2.5 if i == j else 1.5 if i == t else 0.5 for i in range(8)] for j in range(8) for t in range(8)]
+    patterns = np.array(rows + [[0.5 if str(i) in t else 1.5 for i in range(8)] for t in triples])  # [256, 8]
+
+    def paley(order):
+        first = all((order - 1) % d for d in range(2, order - 1))
+        p = order - 1 if first else order // 2 - 1
+        i, character = np.arange(p), np.full(p, -1)
+        character[i**2 % p], character[0] = 1, 0  # of the squares modulo p
+        c = np.ones((p + 1, p + 1))
+        c[1:, 1:] = character[(i[:, None] - i) % p]
+        c[0, 0], c[1:, 0] = 0, -1 if first else 1
+        second = np.kron(c, [[1, 1], [1, -1]]) + np.kron(np.eye(p + 1), [[1, -1], [-1, -1]])
+        return np.eye(order) + c if first else second
+
+    def e8p(code):
+        size, minus = patterns[code >> 8], code[..., None] >> np.arange(1, 9) & 1
+        minus[..., 7] = (size.sum(-1) + minus[..., :7].sum(-1)) % 2  # signed entries sum to an even number
+        return (1 - 2 * minus) * size + np.where(code & 1, -0.25, 0.25)[..., None]
+
+    def part(arrays, name, grid, width):
+        words = np.ascontiguousarray(arrays[name + ".codes"]).view("<u2").astype(int)
+        words = words.reshape(len(words), -(-width // 8), -1)  # low word, and high word of 4-bit codes
+        x = e8p(words[..., -1])
+        if grid["kind"] == "ResidualE8P":
+            x = x + e8p(words[..., 0]) / grid["residual_scale"]
+        return x.reshape(len(words), -1)[:, :width] * arrays[name + ".scale"]
+
+    def side(signs, n):
+        power, h = n & -n, np.ones((1, 1))
+        while len(h) < (power if power == n else power // 4):
+            h = np.kron([[1, 1], [1, -1]], h)
+        t = h if power == n else np.kron(h, paley(4 * n // power))
+        return t / np.sqrt(n) * (1.0 - 2 * np.unpackbits(signs, count=n, bitorder="little"))
+
+    def weight(arrays, meta):
+        (m, n), (grid, left, right) = meta["shape"], meta["grids"]
+        w = part(arrays, "q", grid, n)
+        w = w + part(arrays, "left_t", left, m).T @ part(arrays, "right", right, n)
+        return side(arrays["left_side"], m).T @ w @ side(arrays["right_side"], n)
+
+A manifest of another format version, or of another program, is refused by ``read_manifest``, which says so.  Dense
+files for other programs: ``export``.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,14 +103,14 @@ import numpy as np
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from caldera_jax import codebooks, files, report
+from caldera_jax import codebooks, files, report, spread
 from caldera_jax.codebooks import Codebook
 from caldera_jax.linear import CompressedLinear, Packed
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Block
 
-FORMAT = 1
+FORMAT = 2  # 1 had no trained signs and factors, and is read, too
 MANIFEST = "manifest.json"
 REST = "rest.safetensors"  # embedding, last norm and head
 TOKENIZER = "tokenizer.json"
@@ -43,8 +129,8 @@ def layer_arrays(layer: CompressedLinear) -> dict[str, np.ndarray]:
     for name in ("q", "left_t", "right"):
         if (part := getattr(layer, name)) is not None:
             arrays |= {f"{name}.codes": part.codes, f"{name}.scale": part.scale}
-    for name in ("left_side", "right_side"):
-        side = getattr(layer, name)
+    for name in ("left_side", "right_side", "trained"):
+        side = () if getattr(layer, name) is None else getattr(layer, name)
         arrays |= {f"{name}.{i}": matrix for i, matrix in enumerate(side)} if isinstance(side, tuple) else {name: side}
     return {name: np.asarray(value) for name, value in arrays.items()}
 
@@ -55,7 +141,8 @@ def layer_from(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Compresse
              for name in ("q", "left_t", "right"))
     sides = (arrays[name] if name in arrays else tuple(arrays[key] for key in sorted(arrays) if key.startswith(name))
              for name in ("left_side", "right_side"))
-    return CompressedLinear(*parts, *sides, tuple(meta["shape"]), tuple(_grid(g) for g in meta["grids"]))
+    trained = tuple(arrays[f"trained.{i}"] for i in range(2)) if "trained.0" in arrays else None
+    return CompressedLinear(*parts, *sides, tuple(meta["shape"]), tuple(_grid(g) for g in meta["grids"]), trained)
 
 
 def layer_meta(layer: CompressedLinear) -> dict[str, Any]:
@@ -91,7 +178,8 @@ def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run
     files.write(directory / TOKENIZER, model.tokenizer.to_str().encode())
     names = [block_file(i) for i in range(model.config.layers)] + [REST, TOKENIZER]
     manifest = {"format": FORMAT, "model": model.name, "model_config": dataclasses.asdict(model.config),
-                "run": run, "layers": layers, "files": {name: files.sha256(directory / name) for name in names}}
+                "special": model.special, "run": run, "layers": layers,
+                "files": {name: files.sha256(directory / name) for name in names}}
     files.write_json(directory / MANIFEST, manifest)
 
 
@@ -106,8 +194,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     needed = {"format", "run", "model", "model_config", "layers", "files"}
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ValueError(f"{path}: not a manifest of this program")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path}: format {manifest['format']}, and this version reads format {FORMAT}: use the "
+    if manifest["format"] not in (1, FORMAT):
+        raise ValueError(f"{path}: format {manifest['format']}, and this version reads formats 1 and {FORMAT}: use the "
                          "caldera-jax that wrote it, or compress the model again")
     if missing := needed - manifest.keys():
         raise ValueError(f"{path}: not a manifest of this program: it lacks {', '.join(sorted(missing))}")
@@ -131,7 +219,8 @@ def load(directory: str | Path) -> Model:
     config = LlamaConfig(**raw)
     params = files.read_arrays(directory / REST)
     params["blocks"] = [_block(directory / block_file(i), manifest["layers"], i) for i in range(config.layers)]
-    return Model(config, params, Tokenizer.from_file(str(directory / TOKENIZER)), manifest["model"])
+    return Model(config, params, Tokenizer.from_file(str(directory / TOKENIZER)), manifest["model"],
+                 manifest.get("special", {}))  # format 1 did not keep them
 
 
 def _block(path: Path, layers: dict[str, Any], index: int) -> Block:
@@ -155,3 +244,28 @@ def model_bytes(params: Params) -> int:
     """Bytes of every array of a model, compressed or dense."""
     parts = [{name: value for name, value in params.items() if name != "blocks"}, *params["blocks"]]
     return sum(leaf.nbytes for part in parts for leaf in jax.tree.leaves(dict(part)))
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 of configuration and weights, block by block, each read by one of the processes.
+
+    Raises ValueError naming an array with NaN or infinities.
+    """
+    digests, owners = [], [index % spread.count() for index in range(model.config.layers)]
+    for index, block in enumerate(model.params["blocks"]):
+        mine = owners[index] == spread.rank()
+        digests.append(_digest(f"blocks.{index}.", block) if mine else bytes(32))
+    rows = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+    rest = _digest("", {name: value for name, value in model.params.items() if name != "blocks"})
+    return files.sha256(repr(model.config).encode() + rest + spread.exchange(rows, owners).tobytes())
+
+
+def _digest(prefix: str, arrays: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        if not np.isfinite(array).all():
+            raise ValueError(f"{prefix}{name}: the weights hold NaN or infinite values: fetch the model again")
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.digest()

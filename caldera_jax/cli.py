@@ -15,11 +15,13 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from caldera_jax import artifact, evaluate, explain, page, spread
+from caldera_jax import artifact, evaluate, explain, export, files, generate, page, spread
 from caldera_jax.allocate import UNITS
 from caldera_jax.compress import RunConfig, Tokens, memory_need, recorded, texts, weights
 from caldera_jax.compress import compress as run_compress
 from caldera_jax.decompose import CalderaConfig
+from caldera_jax.finetune import FinetuneConfig, TrainConfig
+from caldera_jax.finetune import finetune as run_finetune
 from caldera_jax.models import convert, data
 from caldera_jax.models.convert import Model as Loaded
 
@@ -32,6 +34,26 @@ PRESETS = {
     # The settings of the authors' scripts since November 2025.
     "paper": RunConfig("", CalderaConfig(rank=64, outer_iterations=20, inner_iterations=50, downdate=True,
                                          refine_passes=10, svd="exact"), Tokens(windows=256, window=1024), seed=42),
+}
+
+TRAININGS = {
+    # A minute: a few windows of a few tokens.
+    "smoke": FinetuneConfig("", TrainConfig(validate=2), Tokens(windows=12, window=64), aside=4),
+    # The authors' RHT stage: signs alone, to the dense model's soft targets; how many epochs is not known.
+    "signs": FinetuneConfig("", TrainConfig(sign_rate=1e-3), Tokens(windows=256, window=512), aside=64),
+    # Their low-rank stage on a text: factors alone.
+    "factors": FinetuneConfig("", TrainConfig(signs=False, ranks=64, goal="text", factor_rate=3e-6, epochs=3,
+                                              weight_decay=1e-3, schedule="linear", warmup=0.02),
+                              Tokens(windows=256, window=512), aside=64),
+    # Signs and factors together, to the soft targets, at a rate for models of this size.
+    "both": FinetuneConfig("", TrainConfig(ranks=16, factor_rate=1e-4), Tokens(windows=256, window=512), aside=64),
+    # Their settings for classes of texts: RTE and Winogrande.
+    "rte": FinetuneConfig("", TrainConfig(signs=False, ranks=64, goal="labels", factor_rate=3e-5, epochs=15,
+                                          weight_decay=1e-3, schedule="linear", warmup=0.02),
+                          Tokens(windows=256, window=256)),
+    "winogrande": FinetuneConfig("", TrainConfig(signs=False, ranks=64, goal="labels", factor_rate=1e-5, epochs=1,
+                                                 weight_decay=1e-3, schedule="linear", warmup=0.02),
+                                 Tokens(windows=256, window=128)),
 }
 
 Model = Annotated[str, tyro.conf.Positional]
@@ -212,17 +234,151 @@ def budget_lines(r: dict[str, Any]) -> list[str]:
             *(more if budget > most else [])]
 
 
+def finetune(directory: Directory, out: Path,
+             preset: Literal["smoke", "signs", "factors", "both", "rte", "winogrande"] = "signs",
+             text: str | None = None, windows: int | None = None, window: int | None = None, aside: int | None = None,
+             signs: bool | None = None, ranks: int | None = None,
+             factor_dtype: Literal["bfloat16", "float32"] | None = None,
+             goal: Literal["distill", "text", "labels"] | None = None, temperature: float | None = None,
+             reconstruct: int | None = None, epochs: int | None = None, batch: int | None = None,
+             accumulate: int | None = None, sign_rate: float | None = None, factor_rate: float | None = None,
+             weight_decay: float | None = None, clip: float | None = None,
+             schedule: Literal["linear", "cosine", "constant"] | None = None, warmup: float | None = None,
+             validate: int | None = None, seed: int | None = None) -> None:
+    """Train a compressed model: rotation signs as reals, the first ranks of L R as numbers; codes stay as they are.
+
+    Args:
+        directory: of the compressed model.
+        out: directory for the trained one; must be new, or of the same run.
+        preset: smoke (a minute); signs (the authors' first stage, the default) and factors (their second); both at
+            once; rte and winogrande (their settings for classes of texts). What follows overrides it.
+        text: enwiki (built in; the part that the run is not evaluated on), a text file or a directory; with --goal
+            labels a file of JSON lines {"text": …, "label": …}.
+        windows: of text, those for validation included.
+        window: tokens a window.
+        aside: windows, the last, that are not trained on: the parameters of least loss on them are kept.
+        signs: train the signs of the rotations.
+        ranks: train so many first columns of L and rows of R.
+        factor_dtype: that trained factors are stored in.
+        goal: distill, the dense model's soft targets; text, the next token; labels, the class of a text.
+        temperature: of the soft targets.
+        reconstruct: epochs of fitting block after block to the dense model, before all are trained together.
+        epochs: passes over the text.
+        batch: windows a step.
+        accumulate: parts of a batch, one after the other, to save memory.
+        sign_rate: of AdamW for signs.
+        factor_rate: of AdamW for factors and a classifier.
+        weight_decay: of factors and a classifier.
+        clip: largest norm of a gradient.
+        schedule: of the rates, after the warm-up.
+        warmup: share of the steps.
+        validate: steps between validations, each of which is a point to go on from.
+        seed: of the order of the windows.
+    """
+    base = TRAININGS[preset]
+    train = override(base.train, signs=signs, ranks=ranks, factor_dtype=factor_dtype, goal=goal,
+                     temperature=temperature, reconstruct=reconstruct, epochs=epochs, batch=batch,
+                     accumulate=accumulate, sign_rate=sign_rate, factor_rate=factor_rate, weight_decay=weight_decay,
+                     clip=clip, schedule=schedule, warmup=warmup, validate=validate, seed=seed)
+    tokens = override(base.text, text=text, windows=windows, window=window)
+    config = override(base, source=str(directory), train=train, text=tokens, aside=aside)
+    keep_programs()
+    report = run_finetune(config, out)
+    own = report["finetune"][-1]
+    lost = own["perplexity_before"], own["perplexity"], report["base_perplexity"]
+    print(f"{directory}: {own['steps']} steps, {own['trained']} numbers trained\n"
+          f"  perplexity        base {lost[2]:.3f}   before {lost[0]:.3f}   after {lost[1]:.3f}\n"
+          f"  bits per weight   before {own['bits_per_weight_before']:.4f}   after {report['bits_per_weight']:.4f}\n"
+          f"  seconds           {own['seconds']['total']:.0f}, {own['seconds']['compile']:.0f} of them compiling\n\n"
+          f"written: {out / 'report.json'}")
+
+
+def generate_(model: Model, prompts: Annotated[tuple[str, ...], tyro.conf.Positional], tokens: int = 64,
+              temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, compare: bool = False) -> None:
+    """Continue prompts; then say how fast, and with how much memory. Packed weights stay packed.
+
+    One prompt is shown as its text comes, several when all are done. No chat template is put around them.
+
+    Args:
+        model: directory of a compressed model, or a dense model as `caldera compress` takes it.
+        prompts: one or more, each in quotes; together they are one batch.
+        tokens: at most so many are added to each; fewer where the text ends or the model's context is full.
+        temperature: 0 takes the likeliest token; above, tokens are drawn, at 1 as the model says.
+        top_p: draw from the fewest tokens that have this probability together.
+        seed: of the draws.
+        compare: do it again with the packed weights put together as dense matrices, in a process of its own.
+    """
+    keep_programs()
+    sampling, unsaid = generate.Sampling(tokens, temperature, top_p, seed), iter(prompts)
+    single = lambda _, text: print(next(unsaid, "") + text, end="", flush=True)
+    packed = generate.run(model, prompts, sampling, show=single if len(prompts) == 1 else lambda *_: None)
+    print() if len(prompts) == 1 else print(*map("".join, zip(prompts, packed.texts, strict=True)), sep="\n\n")
+    print(f"\nthis model  {figures(packed)}")
+    if compare:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)  # for that process
+        dense = generate.run_apart(model, prompts, sampling)
+        pairs = [pair for rows in zip(packed.tokens, dense.tokens, strict=True) for pair in zip(*rows, strict=False)]
+        print(f"dense       {figures(dense)}\nlayers take {dense.layer_bytes / packed.layer_bytes:.2f} times the "
+              f"memory when dense, all weights {dense.weight_bytes / packed.weight_bytes:.2f} times; "
+              f"{sum(a == b for a, b in pairs)} of {len(pairs)} tokens are the same")
+
+
+def figures(r: generate.Result) -> str:
+    """Speed and memory on one line."""
+    return (f"{r.token_rate:.1f} tokens/s, prompt {r.prompt_rate:.1f} tokens/s, and {r.compile_seconds:.1f} s "
+            f"compiling; weights {r.weight_bytes / 1e6:.1f} MB, {r.layer_bytes / 1e6:.1f} of it layers; keys and "
+            f"values {r.cache_bytes / 1e6:.1f} MB; peak memory {r.peak_bytes / 1e9:.2f} GB, "
+            f"{r.start_bytes / 1e9:.2f} at start")
+
+
+def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
+            dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
+    """Write a compressed model as dense files that other programs read: W ≈ Q + L R put together again.
+
+    Args:
+        directory: of the compressed model.
+        to: hf, a directory with config.json, safetensors and tokenizer that transformers loads as it is; gguf, one file
+            of the Llama architecture.
+        out: the directory, or the file ending in .gguf, to write; must be new.
+        dtype: float32 keeps logits and perplexity; bfloat16 (hf) and float16 (gguf) take half the space and round every
+            weight once.
+    """
+    model = artifact.load(directory)
+    export.export(model, to, out, dtype)
+    print(f"written: {out}")
+    if "eos_token" not in model.special:
+        print("no token is known to end a text: programs that generate with it must be told one")
+
+
 def evaluate_(directory: Directory, text: str | None = None, windows: int | None = None, window: int | None = None,
-              workers: Spread = Workers()) -> None:
-    """Perplexity of a compressed model, from disk, on the text its run was evaluated on or on another one.
+              context: int | None = None, stride: int | None = None, base: bool = False, tasks: str | None = None,
+              task_files: Path | None = None, limit: int | None = None, workers: Spread = Workers()) -> None:
+    """Perplexity of a compressed model, from disk, on the text its run was evaluated on or on another one; or tasks by
+    lm_eval, written to DIRECTORY/tasks.json.
 
     Args:
         directory: of the compressed model.
         text: enwiki (built in; the part that the run was not calibrated on), a text file, or a directory.
-        windows: number of windows.
+        windows: number of windows of text.
         window: tokens a window.
+        context: tokens that a prediction may look back on, itself included; by default --window. With --tasks, the
+            model's.
+        stride: tokens from one context to the next; by default the context, without overlap. Every token is scored
+            once, with at least context - stride before it.
+        base: the base model, too: its perplexity, D_KL(base || compressed) a token and how often both find the same
+            token likeliest; with --tasks, its answers.
+        tasks: names or patterns of lm_eval's tasks, joined by commas, e.g. winogrande,piqa, in place of the perplexity;
+            they fetch their data on first use. Needs lm_eval (extra eval); runs in one process.
+        task_files: folder of further task files (.yaml).
+        limit: the first so many documents of each task.
         workers: who does the work.
     """
+    if tasks is not None:
+        if any(given is not None for given in (text, windows, window, stride)):
+            raise ValueError("--text, --windows, --window and --stride are for perplexity: leave them out, or --tasks")
+        return run_tasks(directory, tasks, task_files, limit, context, base)
+    if task_files is not None or limit is not None:
+        raise ValueError("--task-files and --limit are for tasks: name them with --tasks")
     if start(workers, lambda: artifact.load(directory)):
         return
     config = recorded(artifact.read_manifest(directory)["run"]["config"])
@@ -234,10 +390,43 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
     else:  # of no concern to the calibration, whose text need not be on this machine
         tokens = data.token_windows(model.tokenizer, data.load_text(chosen.text), chosen.window, chosen.windows,
                                     "evaluation")
-    value = evaluate.perplexity(model.config, model.params, tokens, title="perplexity")
+    context = chosen.window if context is None else context
+    stride = context if stride is None else stride
+    if context > model.config.context:
+        raise ValueError(f"a context of {context} tokens exceeds the model's, {model.config.context}: shorten it")
+    views, scored = evaluate.sliding_windows(tokens.reshape(-1), context, stride)
+    lines = []
+    if base:
+        _, _, dense, model = explain.opened(directory)
+        found = evaluate.compare(model.config, dense.params, model.params, views, title="compare")
+        (before, _), (after, _) = (evaluate.mean(loss, scored) for loss in (found.base_loss, found.loss))
+        (divergence, of_d), (agree, of_a) = (evaluate.mean(x, scored) for x in (found.divergence, found.agree))
+        value = math.exp(after)
+        lines = [f"  base perplexity {math.exp(before):.4f}; D_KL(base || compressed) {divergence:.5f} ± {of_d:.5f} "
+                 f"nats a token; the likeliest token is the same for {100 * agree:.2f} ± {100 * of_a:.2f} %"]
+    else:
+        value = evaluate.perplexity(model.config, model.params, views, title="perplexity", scored=scored)
     if spread.rank() == 0:
         print(f"{directory}: perplexity {value:.4f} on {chosen.windows} windows of {chosen.window} tokens of "
-              f"{chosen.text}")
+              f"{chosen.text}: context {context}, stride {stride}, {scored.sum()} tokens scored")
+        print(*lines, sep="\n", end="\n" if lines else "")
+
+
+def run_tasks(directory: Path, tasks: str, task_files: Path | None, limit: int | None, context: int | None,
+              base: bool) -> None:
+    """lm_eval's tasks on the compressed model, and on its base; a table, and DIRECTORY/tasks.json."""
+    from caldera_jax import harness  # seconds, and an extra
+
+    config = harness.TaskConfig(tuple(filter(None, tasks.split(","))), task_files and str(task_files), limit, context)
+    keep_programs()
+    model = artifact.load(directory)
+    records = {"compressed": harness.run(config, model)}
+    if base:
+        records["base"] = harness.run(config, convert.load(model.name))
+    files.write_json(directory / "tasks.json", records)
+    for name, record in records.items():
+        print(f"{name}, context {record['context']}:\n{harness.table(record)}")
+    print(f"written: {directory / 'tasks.json'}")
 
 
 def inspect(directory: Directory, theory: bool = False, report: Path | None = None,
@@ -307,7 +496,8 @@ def fetch(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("smollm2-13
 def main() -> None:
     """Entry point: bad input prints one line and exits with 2; nothing finished is lost."""
     try:
-        commands = {"compress": compress, "eval": evaluate_, "inspect": inspect, "fetch": fetch}
+        commands = {"compress": compress, "finetune": finetune, "generate": generate_, "eval": evaluate_,
+                    "export": export_, "inspect": inspect, "fetch": fetch}
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except spread.Lost as error:
         spread.leave(spread.LOST if spread.WATCHED in os.environ else _say(str(error)))

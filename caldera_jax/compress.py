@@ -5,11 +5,10 @@ arguments and a directory that all of them see.  Each calibrates on its own wind
 writes them; process 0 writes what belongs to all (``run.Run``).
 """
 
-import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,21 +21,14 @@ from tqdm import tqdm
 
 from caldera_jax import allocate, artifact, calibration, evaluate, files, hessian, report, spread
 from caldera_jax.allocate import ErrorModel, Option
+from caldera_jax.artifact import fingerprint
 from caldera_jax.decompose import CalderaConfig
 from caldera_jax.linear import CompressedLinear, compress_matrix
 from caldera_jax.models import convert, data, llama
 from caldera_jax.models.convert import Model
+from caldera_jax.models.data import Tokens
 from caldera_jax.objective import proxy_loss, ratio
 from caldera_jax.run import Run
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """``windows`` windows of ``window`` tokens of a built-in text, a file or a directory."""
-
-    text: str = "enwiki"
-    windows: int = 64
-    window: int = 512
 
 
 @dataclass(frozen=True)
@@ -437,31 +429,6 @@ def dearest(config: RunConfig, model: Model) -> int:
 def _scales(model: Model) -> Any:
     dtype = jnp.asarray(model.params["blocks"][0]["q"]).dtype
     return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
-
-
-def fingerprint(model: Model) -> str:
-    """SHA-256 of configuration and weights, block by block, each read by one of the processes.
-
-    Raises ValueError naming an array with NaN or infinities.
-    """
-    digests, owners = [], [index % spread.count() for index in range(model.config.layers)]
-    for index, block in enumerate(model.params["blocks"]):
-        mine = owners[index] == spread.rank()
-        digests.append(_digest(f"blocks.{index}.", block) if mine else bytes(32))
-    rows = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-    rest = _digest("", {name: value for name, value in model.params.items() if name != "blocks"})
-    return files.sha256(repr(model.config).encode() + rest + spread.exchange(rows, owners).tobytes())
-
-
-def _digest(prefix: str, arrays: Mapping[str, Any]) -> bytes:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        if not np.isfinite(array).all():
-            raise ValueError(f"{prefix}{name}: the weights hold NaN or infinite values: fetch the model again")
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.digest()
 
 
 def hessians_sha256(directory: str) -> dict[str, str]:

@@ -1,28 +1,63 @@
-"""Perplexity of a dense or compressed model, and the loss of every token."""
+"""Perplexity of a dense or compressed model, the loss of every token, and how far a model is from its base."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from caldera_jax import calibration, spread
+from caldera_jax.calibration import Streams
 from caldera_jax.models import llama
 from caldera_jax.models.llama import LlamaConfig, Params
 
 
+class Comparison(NamedTuple):
+    """Of tokens 2 … s of each window, given those before them: the losses of the base p and of the other model q,
+    D_KL(p ‖ q) (in nats, all three), and whether both find the same token likeliest."""
+
+    base_loss: Float[np.ndarray, "w t"]
+    loss: Float[np.ndarray, "w t"]
+    divergence: Float[np.ndarray, "w t"]
+    agree: Bool[np.ndarray, "w t"]
+
+
 def perplexity(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w s"], batch: int = 4,
-               title: str | None = None) -> float:
+               title: str | None = None, scored: Bool[np.ndarray, "w t"] | None = None) -> float:
     """exp of the mean negative log-likelihood of tokens 2 … s of each window, given the tokens before them in it.
 
-    Windows do not overlap and no BOS is added: w (s − 1) predictions.  Block by block, so that one block's weights are
-    on a device at a time; of several processes each takes its own shards of the windows, and all must call this.
+    Of ``data.token_windows``, which do not overlap, these are w (s − 1) predictions; of ``sliding_windows`` pass
+    ``scored``, too.  No BOS is added.  Block by block, so that one block's weights are on a device at a time; of
+    several processes each takes its own shards of the windows, and all must call this.
     Raises ValueError for windows of fewer than two tokens, or a loss that is not finite.
     """
     losses = token_losses(config, params, windows, batch, title).astype(np.float64)
+    losses = losses if scored is None else losses[scored]
     return float(np.exp(losses.sum() / losses.size))
+
+
+def sliding_windows(tokens: Int[np.ndarray, " n"], context: int,
+                    stride: int) -> tuple[Int[np.ndarray, "w s"], Bool[np.ndarray, "w t"]]:
+    """Windows of s = ``context`` tokens, each ``stride`` behind the one before, and which of tokens 2 … s each scores.
+
+    The first scores all of them, each later one what the one before has not seen: of n tokens every one but the first
+    is scored once, with at least min(context − stride, those there are) before it.  With stride = context windows do
+    not overlap, and the first token of each is not scored: w (s − 1) of them.  The last window is moved back to end
+    with the text.  Costs n / stride windows, so context / stride times as much as without overlap.
+    Raises ValueError where the tokens do not fill one window, or the stride is not from 1 to the context.
+    """
+    if not 2 <= context <= len(tokens):
+        raise ValueError(f"a context of {context} tokens: give at least 2, and at most the {len(tokens)} of the text")
+    if not 1 <= stride <= context:
+        raise ValueError(f"a stride of {stride} tokens: give 1 to the context, {context}, or tokens would be left out")
+    starts = np.append(np.arange(0, len(tokens) - context, stride), len(tokens) - context)
+    seen = np.append(0, starts[:-1] + context)  # by the windows before
+    positions = starts[:, None] + np.arange(context)[None]
+    return tokens[positions], positions[:, 1:] >= seen[:, None]
 
 
 def token_losses(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w s"], batch: int = 4,
@@ -31,6 +66,43 @@ def token_losses(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "
 
     On every process; float32, or float64 for a float64 embedding.  Raises as ``perplexity`` does.
     """
+    streams = _streams(config, params, windows, batch, title)
+    return _finite(_each(_losses, 1, config, [params], [streams], windows)[:, 0])
+
+
+def compare(config: LlamaConfig, base: Params, params: Params, windows: Int[np.ndarray, "w s"], batch: int = 4,
+            title: str | None = None) -> Comparison:
+    """Losses of both models, D_KL(base ‖ other) = Σ p (log p − log q) over the vocabulary, and top-1 agreement.
+
+    Exactly zero and all true where the two are the same; what rounding takes below zero, some 1e-7, is cut off.  Block
+    by block, one model after the other, then the logits of one window at a time: 4 s v numbers for a vocabulary of v.
+    On every process.  Raises as ``perplexity`` does, and where the two are not of one shape.
+    """
+    if base["embed"].shape != params["embed"].shape or len(base["blocks"]) != len(params["blocks"]):
+        raise ValueError(f"two models to compare have one vocabulary, width and depth; got {base['embed'].shape} and "
+                         f"{params['embed'].shape}, {len(base['blocks'])} and {len(params['blocks'])} blocks")
+    models = [base, params]
+    streams = [_streams(config, model, windows, batch, title) for model in models]
+    found = _each(_compared, 4, config, models, streams, windows)
+    return Comparison(*(_finite(found[:, i]) for i in range(3)), found[:, 3] == 1)
+
+
+def mean(values: Float[np.ndarray, "w t"] | Bool[np.ndarray, "w t"],
+         scored: Bool[np.ndarray, "w t"] | None = None) -> tuple[float, float]:
+    """m = Σᵢ Sᵢ / Σᵢ nᵢ, Sᵢ the sum over the nᵢ scored tokens of window i, and its standard error between windows.
+
+    sqrt(w / (w − 1) Σᵢ (Sᵢ − m nᵢ)²) / Σᵢ nᵢ: for equal nᵢ that of the mean of w means; nan for
+    one window.  It takes windows for independent, and is too small where they follow one another in one document.
+    """
+    scored = np.ones(values.shape, bool) if scored is None else scored
+    sums, counts = np.where(scored, values, 0).sum(1, dtype=np.float64), scored.sum(1)
+    m, w = sums.sum() / counts.sum(), len(values)
+    error = np.sqrt(w / (w - 1) * np.sum((sums - m * counts) ** 2)) / counts.sum() if w > 1 else np.nan
+    return float(m), float(error)
+
+
+def _streams(config, params, windows, batch, title) -> Streams:
+    """The residual streams that leave the last block."""
     if windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of at least 2 tokens, got {windows.shape[1]}")
     streams, quiet = calibration.embed(params, windows), title is None or spread.rank() > 0
@@ -38,31 +110,59 @@ def token_losses(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "
         calibration.run_block(config, block, streams, batch)
         if not all(np.isfinite(shard).all() for device in streams for shard in device):
             raise ValueError(f"blocks.{index}: its output holds NaN or infinite values: the weights overflow")
-    losses = spread.exchange(_losses(config, params, streams, windows), spread.window_owners(len(windows)))
+    return streams
+
+
+def _finite(losses):
     if not np.isfinite(losses.astype(np.float64).sum()):
         raise ValueError("the loss is not finite: the head's weights overflow")
     return losses
 
 
-def _losses(config, params, streams, windows):
-    """Negative log-likelihood of each predicted token, [w, s - 1]; zeros for windows of other processes."""
-    losses = np.zeros((len(windows), windows.shape[1] - 1), np.promote_types(params["embed"].dtype, np.float32))
-    last = {name: value for name, value in params.items() if name != "blocks"}
+def _each(function: Callable[..., Any], count: int, config: LlamaConfig, models: Sequence[Params],
+          streams: Sequence[Streams], windows: Int[np.ndarray, "w s"]) -> Float[np.ndarray, "w c t"]:
+    """What function(config, models, the streams of one window, its tokens) -> [c, s - 1] finds, of all windows; c is
+    ``count``.
+
+    On every process; each computes its own windows.
+    """
+    last = [{name: value for name, value in params.items() if name != "blocks"} for params in models]
+    dtype = np.promote_types(models[0]["embed"].dtype, np.float32)
+    found = np.zeros((len(windows), count, windows.shape[1] - 1), dtype)
 
     def run(shards):
         placed = jax.device_put(last)
-        for where, shard in shards:
+        for where, *shard in shards:
             for i, window in enumerate(range(where.start, where.stop)):
-                losses[window] = _loss(config, placed, shard[i:i + 1], windows[window:window + 1])[0]
+                of_window = [hidden[i:i + 1] for hidden in shard]
+                found[window] = function(config, placed, of_window, windows[window:window + 1])
 
     own = spread.own_shards(len(windows))
-    spread.on_devices(run, [list(zip(*pair, strict=True)) for pair in zip(own, streams, strict=True)])
-    return losses
+    spread.on_devices(run, [list(zip(*parts, strict=True)) for parts in zip(own, *streams, strict=True)])
+    return spread.exchange(found, spread.window_owners(len(windows)))
 
 
 @partial(jax.jit, static_argnums=0)
 @jax.default_matmul_precision("highest")
-def _loss(config, params, hidden, tokens):
+def _losses(config, models, hidden, tokens):
     """Negative log-likelihood of each predicted token, [1, s - 1]."""
-    logits = jax.nn.log_softmax(llama.head(config, params, hidden[:, :-1]))
+    return _loss(_logits(config, models[0], hidden[0]), tokens)
+
+
+@partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")
+def _compared(config, models, hidden, tokens):
+    """The fields of a Comparison, [4, s - 1]."""
+    p, q = (_logits(config, last, x) for last, x in zip(models, hidden, strict=True))
+    divergence = jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)
+    agree = (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(p.dtype)
+    return jnp.concatenate([_loss(p, tokens), _loss(q, tokens), divergence, agree])
+
+
+def _logits(config, last, hidden):
+    """Log-probabilities of every token at each position but the last, [1, s - 1, v]."""
+    return jax.nn.log_softmax(llama.head(config, last, hidden[:, :-1]))
+
+
+def _loss(logits, tokens):
     return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]

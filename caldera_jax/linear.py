@@ -29,9 +29,10 @@ from caldera_jax.packing import pack_signs, unpack, unpack_signs
 class CompressedLinear:
     """W [m, n] ≈ Uᵀ (Q + L R) V, everything packed; a pytree whose leaves are all that must be stored.
 
-    q: rows of Q.  left_t: rows of Lᵀ [k, m].  right: rows of R [k, n].  A part that is off is None.
+    q: rows of Q.  left_t: rows of Lᵀ [k − r, m].  right: rows of R [k − r, n].  A part that is off is None.
     left_side, right_side: the rotations U of the outputs and V of the inputs: packed sign bits (randomized Hadamard),
-    a tuple of orthogonal factors, or the empty tuple for none.
+    trained reals in their place, a tuple of orthogonal factors, or the empty tuple for none.
+    trained: the first r rows of Lᵀ [r, m] and of R [r, n] as numbers, once they are trained; None before.
     """
 
     q: Packed | None
@@ -41,11 +42,13 @@ class CompressedLinear:
     right_side: Array | tuple[Array, ...]
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     grids: tuple[Codebook | None, Codebook, Codebook] = dataclasses.field(metadata={"static": True})
+    trained: tuple[Array, Array] | None = None
 
     @property
     def rank(self) -> int:
         """k of L R."""
-        return 0 if self.right is None else self.right.codes.shape[0]
+        return (0 if self.right is None else len(self.right.codes)) + (0 if self.trained is None else
+                                                                       len(self.trained[1]))
 
     @property
     def stored_bits(self) -> int:
@@ -55,19 +58,26 @@ class CompressedLinear:
     @property
     def dtype(self):
         """The dtype of the scales, and so of ``dense()``."""
-        return (self.q or self.right).scale.dtype
+        part = self.q or self.right
+        return jnp.promote_types(self.trained[0].dtype, jnp.float32) if part is None else part.scale.dtype
 
     def rotated(self) -> tuple[Array | None, Array | None, Array | None]:
         """Q [m, n], L [m, k], R [k, n] decoded, in the rotated basis; None for a part that is off."""
         m, n = self.shape
-        q, left_t, right = (_decode(grid, part, width) for grid, part, width in
-                            zip(self.grids, (self.q, self.left_t, self.right), (n, m, n), strict=True))
-        return q, None if left_t is None else left_t.T, right
+        q, *packed = (_decode(grid, part, width) for grid, part, width in
+                      zip(self.grids, (self.q, self.left_t, self.right), (n, m, n), strict=True))
+        factors = [[part.astype(self.dtype) for part in (first, rest) if part is not None]
+                   for first, rest in zip(self.trained or (None, None), packed, strict=True)]
+        if not self.rank:
+            return q, None, None
+        left_t, right = map(jnp.concatenate, factors)
+        return q, left_t.T, right
 
     def sides(self, dtype) -> Rotation:
         """U and V as ``incoherence`` takes them."""
         sides = jax.tree.map(jnp.asarray, (self.left_side, self.right_side))  # NumPy leaves are welcome
-        return Rotation(*(side if isinstance(side, tuple) else unpack_signs(side, size, dtype)
+        packed = lambda side: not isinstance(side, tuple) and side.dtype == jnp.uint8
+        return Rotation(*(unpack_signs(side, size, dtype) if packed(side) else side
                           for side, size in zip(sides, self.shape, strict=True)))
 
     def dense(self) -> Float[Array, "m n"]:
@@ -102,7 +112,11 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     parts = (weight.q, weight.left_t, weight.right)
     parts = tuple(part if stage else _decode(grid, part, width) for part, stage, grid, width in
                   zip(parts, stages, weight.grids, (n, m, n), strict=True))
-    y = multiply(incoherence.forward(sides.right, rows), parts, stages, m)
+    rotated = incoherence.forward(sides.right, rows)
+    y = multiply(rotated, parts, stages, m)
+    if weight.trained is not None:
+        left_t, right = (jnp.asarray(factor).astype(x.dtype) for factor in weight.trained)
+        y = y + rotated @ right.T @ left_t
     return incoherence.backward(sides.left, y).reshape(*x.shape[:-1], m)
 
 

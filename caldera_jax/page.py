@@ -18,8 +18,8 @@ from caldera_jax.allocate import UNITS
 from caldera_jax.linear import CompressedLinear
 from caldera_jax.models import data, llama
 
-PARTS = ("codes of Q", "codes of L", "codes of R", "scales", "rotation")
-COLOURS = ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7")  # told apart by the colour-blind, too (Okabe, Ito)
+PARTS = ("codes of Q", "codes of L", "codes of R", "scales", "rotation", "trained factors")
+COLOURS = ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # also for the colour-blind (Okabe, Ito)
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "lines.linewidth": 1.3, "axes.grid": True,
     "grid.linewidth": 0.4, "grid.alpha": 0.6, "axes.axisbelow": True, "figure.constrained_layout.use": True,
@@ -141,7 +141,7 @@ def bits_of(layer: CompressedLinear) -> dict[str, int]:
     codes = (0 if part is None else count(part.codes) for part in parts)
     scales = [part.scale for part in parts if part is not None]
     sides = layer.left_side, layer.right_side
-    return dict(zip(PARTS, (*codes, count(scales), count(sides)), strict=True))
+    return dict(zip(PARTS, (*codes, count(scales), count(sides), count(layer.trained)), strict=True))
 
 
 def examples(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -310,8 +310,8 @@ def bits(layers: Sequence[LayerFacts], report: dict[str, Any]) -> str:
     stored, weights = sum(total.values()), sum(f.weights for f in layers)
     share = {part: f"{100 * count / stored:.1f} %" for part, count in total.items()}
     said = (f"Of {stored:,} bits ({stored / weights:.4f} a weight) the codes of Q take {share['codes of Q']}, those of "
-            f"L {share['codes of L']}, those of R {share['codes of R']}, scales {share['scales']} and the rotations' "
-            f"signs or factors {share['rotation']}.")
+            f"L {share['codes of L']}, those of R {share['codes of R']}, scales {share['scales']}, the rotations' "
+            f"signs or factors {share['rotation']} and trained factors {share['trained factors']}.")
 
     def stack(groups, unit, label):
         def draw(axes):

@@ -32,10 +32,14 @@ class Run:
 
     def __init__(self, out: Path, identity: dict[str, Any]):
         self.out, self.identity, self.work = out, identity, out / "unfinished"
-        self.moments_hash = moments_hash(identity)
         if spread.rank() == 0:
             self._claim(identity)
         spread.barrier()
+
+    @property
+    def moments_hash(self) -> str:
+        """Name of the folder of kept Moments."""
+        return moments_hash(self.identity)
 
     def _claim(self, identity: dict[str, Any]) -> None:
         out = self.out

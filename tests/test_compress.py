@@ -362,7 +362,7 @@ def test_a_damaged_missing_or_foreign_file_is_named(finished, tmp_path):
         artifact.load(out)
     manifest = json.loads((out / artifact.MANIFEST).read_text())
     (out / artifact.MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match="format 99.*reads format 1"):
+    with pytest.raises(ValueError, match="format 99.*reads formats 1 and 2"):
         artifact.load(out)
     (out / artifact.MANIFEST).write_text("[]")
     with pytest.raises(ValueError, match="not a manifest"):

@@ -204,6 +204,20 @@ def test_damaged_or_missing_files_are_named(tmp_path):
         convert.from_hf(tmp_path)
 
 
+def test_a_save_that_was_cut_off_is_no_model_and_can_be_repeated(tmp_path):
+    def cut_off():
+        raise KeyboardInterrupt
+
+    params = make(PLAIN)
+    last = weights.Block({name: cut_off for name in params["blocks"][1]})
+    with pytest.raises(KeyboardInterrupt):
+        convert.save_hf(tmp_path, PLAIN, params | {"blocks": [params["blocks"][0], last]}, shard_bytes=20_000)
+    with pytest.raises(ValueError, match="no config.json"):
+        convert.from_hf(tmp_path)
+    convert.save_hf(tmp_path, PLAIN, params, shard_bytes=20_000)
+    assert_equal_trees(read(convert.from_hf(tmp_path))[1], params)
+
+
 # ---- GGUF
 
 
@@ -322,6 +336,20 @@ def test_load_reads_a_directory_with_its_tokenizer(tmp_path):
     save_tokenizer(tmp_path, 51)
     with pytest.raises(ValueError, match="51 tokens, the model only 50"):
         convert.load(tmp_path)
+
+
+@pytest.mark.parametrize("template", [None, "from a file"])
+def test_load_knows_the_special_tokens_in_every_spelling_of_tokenizer_config(tmp_path, template):
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN))
+    save_tokenizer(tmp_path, 50)
+    assert convert.load(tmp_path).special == {}
+    raw = {"bos_token": {"__type": "AddedToken", "content": "w1"}, "eos_token": "w2", "pad_token": None,
+           "chat_template": "from the configuration"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(raw))
+    if template:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    expected = {"bos_token": "w1", "eos_token": "w2", "chat_template": template or raw["chat_template"]}
+    assert convert.load(tmp_path).special == expected
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such/place", "a.gguf"])

@@ -12,7 +12,7 @@ import pytest
 
 from caldera_jax import files
 
-BEING_RUN = ("frontier", "allocation", "distillation")
+BEING_RUN = ("recovery",)
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "caldera_jax"
 ORDER = ("files report spread lattice packing hadamard kernels codebooks hessian objective incoherence ldlq regression "
-         "lplr decompose linear models artifact calibration evaluate harness generate finetune allocate run compress "
-         "explain page cli").split()
+         "lplr decompose linear models artifact export run calibration evaluate generate harness finetune allocate "
+         "compress explain page cli").split()
 
 
 def _imported(path):

@@ -25,6 +25,7 @@ CONFIGS = {
 }
 forward = jax.jit(llama.forward, static_argnums=0)
 block = jax.jit(llama.block, static_argnums=0)
+cached_block = jax.jit(llama.cached_block, static_argnums=0)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
@@ -123,6 +124,37 @@ def test_a_block_reports_the_inputs_of_its_linear_layers():
     np.testing.assert_allclose(inputs["down"], gate / (1 + np.exp(-gate)) * (inputs["up"] @ p["up"].T), atol=1e-12)
     scale = np.sqrt((x * x).mean(-1, keepdims=True) + GQA.norm_eps)
     np.testing.assert_allclose(inputs["qkv"], x / scale * p["attn_norm"], atol=1e-12)
+
+
+def cached(config, params, tokens, first):
+    """Logits of rows that go on one token at a time after ``first`` ones each, all padded to the longest; NaN there."""
+    caches = [llama.empty_cache(config, len(tokens), tokens.shape[1], jnp.float64) for _ in params["blocks"]]
+    caches = jax.tree.map(lambda slots: slots + 1e3, caches)  # what was never written is not seen
+    logits, first = np.full((*tokens.shape, config.vocab), np.nan), np.array(first)
+    at = np.broadcast_to(np.arange(max(first)), (len(tokens), max(first)))
+    padded = np.where(at < first[:, None], tokens[:, : max(first)], 0)
+    rows = np.arange(len(tokens))[:, None]
+    while True:
+        x = llama.embed(config, params, padded)
+        for i, p in enumerate(params["blocks"]):
+            x, caches[i] = cached_block(config, p, x, caches[i], at)
+        logits[rows, at] = np.where((at < first[:, None])[:, :, None], llama.head(config, params, x), np.nan)
+        if max(first) == tokens.shape[1]:
+            return logits
+        at, first = first[:, None], first + 1
+        padded = tokens[rows, at]
+
+
+@every_config
+def test_a_token_after_those_in_the_cache_has_the_logits_of_the_whole_sequence(config):
+    params, tokens = make(config, dtype=np.float64), sample(config, batch=3)
+    expected = np.array(forward(config, params, tokens))
+    for first in ([13, 13, 13], [3, 13, 1]):
+        logits = cached(config, params, tokens, first)
+        for row, start in zip(range(3), first, strict=True):
+            read = 40 - max(first) + start
+            np.testing.assert_allclose(logits[row, :read], expected[row, :read], atol=1e-11)
+            assert np.isnan(logits[row, read:]).all()
 
 
 @every_config

@@ -146,17 +146,17 @@ def test_the_bits_are_those_on_the_disk_and_sum_to_all_that_is_stored(run, page)
     tables = Reader(page).tables
     numbers = {name: {row[0]: [int(cell.replace(",", "")) for cell in row[1:-1]] for row in tables[name][1:]}
                for name in ("Stored bits by kind of layer", "Stored bits by block")}
-    ends = {"q.codes": 0, "left_t.codes": 1, "right.codes": 2, "scale": 3, "side": 4}
-    expected = {"all": [0] * 6}
+    ends = {"q.codes": 0, "left_t.codes": 1, "right.codes": 2, "scale": 3, "side": 4, "trained": 5}
+    expected = {"all": [0] * 7}
     for index in range(2):
         for name, array in files.read_arrays(out / artifact.block_file(index)).items():
             kind, _, field = name.partition(".")
             if field:
                 place = next(i for end, i in ends.items() if field.endswith(end))
                 for key in (kind, str(index), "all"):
-                    row = expected.setdefault(key, [0] * 6)
+                    row = expected.setdefault(key, [0] * 7)
                     row[place] += 8 * array.nbytes
-                    row[5] += 8 * array.nbytes
+                    row[6] += 8 * array.nbytes
     by_kind, by_block = numbers.values()
     assert by_kind == {key: expected[key] for key in (*llama.LINEARS, "all")}
     assert by_block == {key: expected[key] for key in ("0", "1", "all")}

@@ -7,18 +7,21 @@ wrong shape, and any option of the model that ``llama`` does not compute, is a V
 """
 
 import json
+import math
 import mmap
 import re
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from caldera_jax.models import data, llama, tokenizer
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
@@ -48,12 +51,16 @@ _GGUF |= {name: f"blk.{{}}.{name}.weight" for name in ("attn_norm", "ffn_norm")}
 
 
 class Model(NamedTuple):
-    """A model on the host; its ``params["blocks"]`` is a list of ``weights.Block``."""
+    """A model on the host; its ``params["blocks"]`` is a list of ``weights.Block``.
+
+    special: which tokens begin and end a text, and the chat template, as far as they are known (``models.tokenizer``).
+    """
 
     config: LlamaConfig
     params: Params
     tokenizer: Tokenizer
     name: str
+    special: dict[str, str] = {}
 
 
 def load(name_or_path: str | Path) -> Model:
@@ -64,9 +71,10 @@ def load(name_or_path: str | Path) -> Model:
         path = _from_hub(name)
     if path.is_file() and path.suffix == ".gguf":
         reader = read_gguf(path)
-        model = Model(*from_gguf(reader), tokenizer.from_gguf(reader), name)
+        special = tokenizer.special_from_fields(tokenizer.contents(reader))
+        model = Model(*from_gguf(reader), tokenizer.from_gguf(reader), name, special)
     elif path.is_dir():
-        model = Model(*from_hf(path), tokenizer.from_directory(path), name)
+        model = Model(*from_hf(path), tokenizer.from_directory(path), name, tokenizer.special_from_directory(path))
     else:
         raise ValueError(
             f"unknown model {name!r}. Accepted: {', '.join(data.MODELS)} (built in), a .gguf file, a directory with "
@@ -86,7 +94,7 @@ def _from_hub(name: str) -> Path:
             "pip install 'caldera-jax[hub]', or download the model and pass its directory"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # many kinds: offline, gated, unknown
         raise ValueError(
             f"{name!r} is no path here, and could not be fetched from the hub ({error}). "
@@ -174,39 +182,65 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     return raw
 
 
-def save_hf(directory: str | Path, config: LlamaConfig, params: Params, shard_bytes: int = 4 * 2**30) -> None:
+def save_hf(directory: str | Path, config: LlamaConfig, params: Params, shard_bytes: int = 2**30,
+            more: dict[str, Any] | None = None) -> None:
     """Write dense params as config.json and safetensors that ``from_hf`` and transformers read; no tokenizer.
 
-    Beyond ``shard_bytes`` the tensors are spread over several files with an index, as the hub does. Raises ValueError
-    where weights lie already, which could be mistaken for part of the model.
+    Beyond ``shard_bytes`` the tensors are spread over several files with an index, as the hub does; one of the files is
+    in memory at a time, its weights read from the params when it is their turn. ``more`` goes into config.json, which
+    is written last. Raises ValueError where weights lie already, which could be mistaken for part of the model, and
+    OSError where the disk is full.
     """
-    directory, raw = Path(directory), config_to_hf(config)
+    directory, raw = Path(directory), config_to_hf(config) | (more or {})
     if found := sorted(directory.glob("*.safetensors*")):
         raise ValueError(f"{directory} already holds {found[0].name}; choose another directory or empty this one")
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {_HF[part]: np.ascontiguousarray(value) for part, value in params.items() if part != "blocks"}
-    for i, block in enumerate(params["blocks"]):
-        tensors |= {_HF[part].format(i): np.ascontiguousarray(value) for part, value in block.items()}
-    shards = _shards(tensors, shard_bytes)
+    tensors = ((name, np.ascontiguousarray(read())) for name, _, read in _tensors(config, _HF, params))
+    shards, total = [], 0  # of each file, its tensors
+    for shard in _shards(tensors, shard_bytes):
+        _save(directory / f"{len(shards)}.unfinished", shard)
+        shards, total = [*shards, list(shard)], total + sum(value.nbytes for value in shard.values())
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": sum(v.nbytes for v in tensors.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, directory / file, metadata={"format": "pt"})
+    for i, file in enumerate(files):
+        (directory / f"{i}.unfinished").rename(directory / file)
     (directory / "config.json").write_text(json.dumps(raw, indent=1))
 
 
-def _shards(tensors, limit):
+def _tensors(config: LlamaConfig, names: dict[str, str], params: Params
+             ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Any]]]:
+    """Name in the file, shape, and how to get it, of every tensor of the params in turn: ``assemble``'s inverse."""
+    table, parts = (config.vocab, config.dim), llama.shapes(config) | llama.vector_shapes(config)
+    for part, shape in {"embed": table, "norm": (config.dim,), "head": table}.items():
+        if part != "head" or not config.tied:
+            yield names[part], shape, partial(params.__getitem__, part)
+    for i, block in enumerate(tqdm(params["blocks"], "writing", unit="block", leave=False, disable=None)):
+        yield from ((names[part].format(i), shape, partial(block.__getitem__, part)) for part, shape in parts.items())
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> Iterator[dict[str, np.ndarray]]:
     """Consecutive groups of at most ``limit`` bytes, or of one tensor."""
-    shards, size = [{}], 0
-    for name, value in tensors.items():
-        if shards[-1] and size + value.nbytes > limit:
-            shards, size = [*shards, {}], 0
-        shards[-1][name], size = value, size + value.nbytes
-    return shards
+    shard = {}
+    for name, value in tensors:
+        if shard and sum(v.nbytes for v in shard.values()) + value.nbytes > limit:
+            yield shard
+            shard = {}
+        shard[name] = value
+    yield shard
+
+
+def _save(path, shard):
+    path.touch()
+    mode = path.stat().st_mode  # of any new file here; safetensors' own are for the owner alone
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def _rope_from_hf(raw):
@@ -326,6 +360,76 @@ def _pair_halves(read, heads):
     """Rows from GGUF's rotary pairs (2i, 2i + 1) to Hugging Face's (i, i + e/2), head by head."""
     weight = read()
     return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def save_gguf(path: str | Path, model: Model) -> None:
+    """Write a dense model as a GGUF file of architecture ``llama`` that ``load`` and other programs read.
+
+    Matrices in the type of the embedding, float16 or float32, and vectors in float32; each is read from the params when
+    it is its turn. Raises ValueError for what such a file cannot hold: biases, other rope scalings than Llama 3's, some
+    tokenizers (``tokenizer.to_gguf``); and OSError where the disk is full.
+    """
+    config, params = model.config, model.params
+    if config.qkv_bias:
+        raise ValueError("GGUF's architecture 'llama' has no biases of q, k and v, and Qwen2's is not written here: "
+                         "export the model with --to hf")
+    factors = None if config.rope_scaling is None else _factors_from_llama3(config)
+    writer, table = GGUFWriter(path, "llama"), tokenizer.to_gguf(model.tokenizer, model.special, config.vocab)
+    half = params["embed"].dtype == np.float16
+    writer.add_type("model")
+    writer.add_name(Path(model.name).name)
+    writer.add_file_type(LlamaFileType.MOSTLY_F16 if half else LlamaFileType.ALL_F32)
+    writer.add_vocab_size(config.vocab)
+    writer.add_block_count(config.layers)
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    for key, value in table.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](key, value)
+    matrix, heads = np.dtype(np.float16 if half else np.float32), {"q": config.heads, "k": config.kv_heads}
+    paired = {_GGUF[part].format(i): count for part, count in heads.items() for i in range(config.layers)}
+    tensors = [] if factors is None else [("rope_freqs.weight", factors.shape, lambda: factors)]
+    tensors = [(name, shape, partial(_interleave, read, paired[name]) if name in paired else read,
+                matrix if len(shape) == 2 else np.dtype(np.float32))
+               for name, shape, read in [*tensors, *_tensors(config, _GGUF, params)]]
+    try:
+        for name, shape, _, kind in tensors:
+            writer.add_tensor_info(name, shape, kind, math.prod(shape) * kind.itemsize)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, _, read, kind in tensors:
+            writer.write_tensor_data(np.ascontiguousarray(read(), kind))
+    finally:
+        writer.close()
+
+
+def _interleave(read, heads):
+    """The inverse of ``_pair_halves``."""
+    weight = np.asarray(read())
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _factors_from_llama3(config):
+    """The inverse of ``_llama3_scaling``: GGUF's divisors of the frequencies."""
+    plain, scaled = (llama.rope_frequencies(config.head_dim, config.rope_theta, s) for s in (None, config.rope_scaling))
+    factors = (plain / scaled).astype(np.float32)
+    try:
+        _llama3_scaling(factors, config.rope_theta, config.head_dim)
+    except ValueError as error:
+        raise ValueError(f"GGUF files tell only the rope scaling of Llama 3's releases, not {config.rope_scaling}: "
+                         "export the model with --to hf") from error
+    return factors
 
 
 def _config_from_gguf(reader, vocab, tied, factors):

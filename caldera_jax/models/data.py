@@ -19,6 +19,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,15 @@ from tokenizers import Tokenizer
 from caldera_jax.models import tokenizer as tokenizers
 
 SEPARATOR = "\n\n\n"  # between documents, before they are tokenized
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """``windows`` windows of ``window`` tokens of a built-in text, a file or a directory."""
+
+    text: str = "enwiki"
+    windows: int = 64
+    window: int = 512
 
 
 class Source(NamedTuple):

@@ -1,6 +1,7 @@
 """The Llama family of decoders (Llama, Mistral, SmolLM2, Qwen2) in plain JAX.
 
-Letters: b batch, s sequence, d model width, h query heads, g key/value heads, e head width, v vocabulary.
+Letters: b batch, s sequence, c capacity of a cache, d model width, h query heads, g key/value heads, e head width,
+v vocabulary.
 
 ``params`` is ``{"embed": [v, d], "blocks": [block, ...], "norm": [d]}`` and ``"head": [v, d]`` when the output is not
 tied to the embedding; a block holds the seven ``LINEARS`` ([m outputs, n inputs], each an array or a
@@ -11,7 +12,7 @@ Activations are float32 (float64 for a float64 embedding), whatever narrower typ
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,11 +127,11 @@ def rope_frequencies(
     return frequency * (kept + (1 - kept) / scaling.factor)
 
 
-def rope(config: LlamaConfig, x: Float[Array, "b s h e"], positions: Int[Array, " s"]) -> Float[Array, "b s h e"]:
+def rope(config: LlamaConfig, x: Float[Array, "b s h e"], positions: Int[Array, "*b s"]) -> Float[Array, "b s h e"]:
     """Rotate the pairs (x_i, x_{i + e/2}) by position · frequency_i: Hugging Face's pairing, not GGUF's."""
     frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angle = positions.astype(x.dtype)[:, None] * jnp.asarray(frequency, x.dtype)[None]
-    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    angle = jnp.atleast_2d(positions).astype(x.dtype)[:, :, None] * jnp.asarray(frequency, x.dtype)[None, None]
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -138,19 +139,20 @@ def rope(config: LlamaConfig, x: Float[Array, "b s h e"], positions: Int[Array, 
 def attention(
     config: LlamaConfig,
     q: Float[Array, "b s h e"],
-    k: Float[Array, "b s g e"],
-    v: Float[Array, "b s g e"],
-    positions: Int[Array, " s"],
+    k: Float[Array, "b c g e"],
+    v: Float[Array, "b c g e"],
+    positions: Int[Array, "*b s"],
+    key_positions: Int[Array, " c"],
 ) -> Float[Array, "b s h*e"]:
-    """softmax(q kᵀ / sqrt(e)) v, causal; query head i reads key head i // (h / g). Memory b·h·s² scores."""
+    """softmax(q kᵀ / sqrt(e)) v, causal; query head i reads key head i // (h / g). Memory b·h·s·c scores."""
     b, s, h, e = q.shape
     q = q.reshape(b, s, config.kv_heads, h // config.kv_heads, e)
     scores = jnp.einsum("bqgre,bkge->bgrqk", q, k) / math.sqrt(e)
-    distance = positions[:, None] - positions[None, :]
+    distance = jnp.atleast_2d(positions)[:, :, None] - key_positions[None, None]
     seen = distance >= 0
     if config.sliding_window is not None:
         seen &= distance < config.sliding_window
-    weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bgrqk,bkge->bqgre", weights, v).reshape(b, s, h * e)
 
 
@@ -168,19 +170,58 @@ def block(
     Inputs that the caller drops cost nothing under ``jit``.
     """
 
-    def project(name, h):
+    h = rms_norm(x, params["attn_norm"], config.norm_eps)
+    q, k, v = _heads(config, params, h, positions)
+    return _after(config, params, x, h, attention(config, q, k, v, positions, positions))
+
+
+def _heads(config, params, h, positions):
+    """Queries and keys, rotated, and values."""
+
+    def project(name):
         y = apply(params[name], h)
         if config.qkv_bias:
             y = y + params[f"{name}_bias"].astype(y.dtype)[None, None]
         return y.reshape(*y.shape[:2], -1, config.head_dim)
 
-    h = rms_norm(x, params["attn_norm"], config.norm_eps)
-    q, k, v = (project(name, h) for name in "qkv")
-    mixed = attention(config, rope(config, q, positions), rope(config, k, positions), v, positions)
+    q, k, v = (project(name) for name in "qkv")
+    return rope(config, q, positions), rope(config, k, positions), v
+
+
+def _after(config, params, x, h, mixed):
+    """What follows the attention, as ``block`` returns it."""
     x = x + apply(params["o"], mixed)
     z = rms_norm(x, params["ffn_norm"], config.norm_eps)
     inner = jax.nn.silu(apply(params["gate"], z)) * apply(params["up"], z)
     return x + apply(params["down"], inner), {"qkv": h, "o": mixed, "up": z, "down": inner}
+
+
+class Cache(NamedTuple):
+    """Rotated keys and values of one block: what stands at position p of a sequence lies in slot p."""
+
+    k: Float[Array, "b c g e"]
+    v: Float[Array, "b c g e"]
+
+
+def empty_cache(config: LlamaConfig, batch: int, capacity: int, dtype=jnp.float32) -> Cache:
+    """A block's Cache for sequences of at most ``capacity`` tokens: 2 · b · c · g · e numbers."""
+    return Cache(*jnp.zeros((2, batch, capacity, config.kv_heads, config.head_dim), dtype))
+
+
+def cached_block(
+    config: LlamaConfig, params: Params, x: Float[Array, "b s d"], cache: Cache, positions: Int[Array, "b s"]
+) -> tuple[Float[Array, "b s d"], Cache]:
+    """``block`` for tokens whose predecessors are in the cache; puts their own keys and values there.
+
+    Rows may stand at different positions. A token sees no slot beyond its own, so whatever lies there does no harm:
+    sequences padded on the right with any tokens give each the same as alone. A position of c or more is lost silently.
+    """
+    h = rms_norm(x, params["attn_norm"], config.norm_eps)
+    q, k, v = _heads(config, params, h, positions)
+    rows = jnp.arange(len(x))[:, None]
+    cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
+    slots = jnp.arange(cache.k.shape[1], dtype=positions.dtype)
+    return _after(config, params, x, h, attention(config, q, cache.k, cache.v, positions, slots))[0], cache
 
 
 def head(config: LlamaConfig, params: Params, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:

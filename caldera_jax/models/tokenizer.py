@@ -1,19 +1,39 @@
-"""Tokenizers, from ``tokenizer.json`` or rebuilt from a GGUF file's metadata, all as ``tokenizers.Tokenizer``."""
+"""Tokenizers in ``tokenizer.json`` and in GGUF files' metadata, read and written, all as ``tokenizers.Tokenizer``.
 
+What a tokenizer does not say itself is in a dict beside it, ``special``, with the names of tokenizer_config.json: the
+tokens that are bos_token, eos_token, unk_token and pad_token, and the chat_template; each where it is known.
+"""
+
+import json
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
 from jaxtyping import Int32
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+from caldera_jax import files
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF token types
+_ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+          "pad_token": "padding_token_id"}  # and their names in GGUF
 
 # Llama 3 splits off contractions, words with one leading other sign, runs of up to three digits, signs, and blanks.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ALPHABET = set(pre_tokenizers.ByteLevel.alphabet())
+_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+_SPLITTERS = {  # of byte-level tokenizers, by GGUF's names
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
+                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
+}  # fmt: skip
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " s"]:
@@ -38,62 +58,207 @@ def from_directory(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def from_gguf(reader: GGUFReader) -> Tokenizer:
-    """The tokenizer described in a GGUF file: byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``).
+def special_from_directory(path: str | Path) -> dict[str, str]:
+    """``special`` out of ``path/tokenizer_config.json`` and ``chat_template.jinja``; empty where there are none."""
+    file, template = Path(path) / "tokenizer_config.json", Path(path) / "chat_template.jinja"
+    raw = files.read_json(file) if file.is_file() else {}
+    found = {role: raw.get(role) for role in (*_ROLES, "chat_template")}
+    found = {role: value.get("content") if isinstance(value, dict) else value for role, value in found.items()}
+    found |= {"chat_template": template.read_text("utf-8")} if template.is_file() else {}
+    return {role: value for role, value in found.items() if isinstance(value, str)}
 
-    Tokens of type control never split and are skipped when decoding. Raises ValueError for other kinds.
+
+def to_directory(path: str | Path, tokenizer: Tokenizer, special: Mapping[str, str], context: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads as they are.
+
+    But transformers 5 gives a model of type qwen2 the rules of Qwen2's own tokenizer, whatever tokenizer.json says.
     """
-    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
-    kind = field(reader, "tokenizer.ggml.model")
-    if kind not in kinds:
-        raise ValueError(f"GGUF tokenizer model {kind!r} is not supported; supported: {', '.join(kinds)}")
-    tokens = field(reader, "tokenizer.ggml.tokens")
-    tokenizer = kinds[kind](reader, tokens)
-    for token, type in zip(tokens, field(reader, "tokenizer.ggml.token_type", []), strict=False):
-        if type in (_CONTROL, _USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=type == _CONTROL)])
-    return tokenizer
+    files.write(Path(path) / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    files.write_json(Path(path) / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
+        "clean_up_tokenization_spaces": False, **special})
+
+
+# ---- GGUF
+
+
+def contents(reader: GGUFReader) -> dict[str, Any]:
+    """The metadata of a GGUF file."""
+    return {key: value.contents() for key, value in reader.fields.items()}
 
 
 def field(reader: GGUFReader, key: str, *default):
     """A metadata value of a GGUF file; ValueError naming the key if it is absent and has no default."""
-    if key in reader.fields:
-        return reader.fields[key].contents()
-    if default:
-        return default[0]
-    raise ValueError(f"the GGUF file has no {key!r}: it is incomplete or of another kind; convert or download it again")
+    return _value({key: reader.fields[key].contents()} if key in reader.fields else {}, key, *default)
 
 
-def _byte_level(reader, tokens):
-    pre = field(reader, "tokenizer.ggml.pre", "default")
-    splitters = {
-        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
-                      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
-    }  # fmt: skip
-    if pre not in splitters:
-        raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(splitters)}")
-    ids, merges = _ids(tokens), [tuple(pair.split(" ")) for pair in field(reader, "tokenizer.ggml.merges")]
+def _value(fields, key, *default):
+    if key not in fields and not default:
+        raise ValueError(
+            f"the GGUF file has no {key!r}: it is incomplete or of another kind; convert or download it again"
+        )
+    return fields[key] if key in fields else default[0]
+
+
+def from_gguf(reader: GGUFReader) -> Tokenizer:
+    """The tokenizer described in a GGUF file: byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``).
+
+    Tokens of type control or unknown never split and are skipped when decoding. Raises ValueError for other kinds.
+    """
+    return from_fields(contents(reader))
+
+
+def from_fields(fields: Mapping[str, Any]) -> Tokenizer:
+    """``from_gguf`` of a file's metadata alone."""
+    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
+    kind = _value(fields, "tokenizer.ggml.model")
+    if kind not in kinds:
+        raise ValueError(f"GGUF tokenizer model {kind!r} is not supported; supported: {', '.join(kinds)}")
+    tokens = _value(fields, "tokenizer.ggml.tokens")
+    tokenizer = kinds[kind](fields, tokens)
+    for token, type in zip(tokens, _value(fields, "tokenizer.ggml.token_type", []), strict=False):
+        if type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=type != _USER_DEFINED)])
+    special = special_from_fields(fields)
+    ends = [[special[role]] if role in special and _value(fields, f"tokenizer.ggml.add_{role}", default) else []
+            for role, default in (("bos_token", kind == "llama"), ("eos_token", False))]
+    if any(ends):  # what ``tokenizer.encode`` adds by itself, and ``encode`` here does not
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*ends[0], "$A", *ends[1]],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*ends[0], *ends[1]}])
+    return tokenizer
+
+
+def special_from_fields(fields: Mapping[str, Any]) -> dict[str, str]:
+    """``special`` out of a GGUF file's metadata."""
+    tokens = _value(fields, "tokenizer.ggml.tokens")
+    ids = {role: fields.get(f"tokenizer.ggml.{name}", len(tokens)) for role, name in _ROLES.items()}
+    special = {role: tokens[id] for role, id in ids.items() if id < len(tokens)}
+    template = fields.get("tokenizer.chat_template")
+    return special | ({"chat_template": template} if template else {})
+
+
+def to_gguf(tokenizer: Tokenizer, special: Mapping[str, str], vocab: int) -> dict[str, Any]:
+    """The metadata from which ``from_fields`` makes a tokenizer of the same encodings, for ``vocab`` embeddings.
+
+    Raises ValueError, naming the part, where GGUF has no words for how this tokenizer works.
+    """
+    raw = json.loads(tokenizer.to_str())
+    if raw["model"]["type"] != "BPE":
+        raise _inexpressible(f"kind, {raw['model']['type']}")
+    added = {token["content"]: token["special"] for token in raw["added_tokens"]}
+    tokens = [tokenizer.id_to_token(i) for i in range(vocab)]  # None where the model has rows without a token
+    rank = {token: i for i, token in enumerate(dict.fromkeys(map("".join, raw["model"]["merges"])))}
+
+    def type_of(token):
+        if token in added:
+            unknown = token == raw["model"]["unk_token"] and raw["model"]["byte_fallback"]
+            return _USER_DEFINED if not added[token] else _UNKNOWN if unknown else _CONTROL
+        byte = token is not None and raw["model"]["byte_fallback"] and token in _BYTES
+        return _UNUSED if token is None else _BYTE if byte else _NORMAL
+
+    fields = {"tokens": [token or f"[PAD{i}]" for i, token in enumerate(tokens)],
+              "token_type": [type_of(token) for token in tokens]}
+    if raw["model"]["byte_fallback"]:
+        fields |= {"model": "llama", "scores": [-float(rank.get(token, len(rank))) for token in tokens],
+                   "add_space_prefix": any(step["type"] == "Prepend" for step in _steps(raw["normalizer"]))}
+        special = {**special, "unk_token": raw["model"]["unk_token"] or tokens[0]}
+    else:
+        fields |= {"model": "gpt2", "pre": _splitter(raw["pre_tokenizer"]),
+                   "merges": [" ".join(pair) for pair in raw["model"]["merges"]]}
+        if not fields["merges"]:
+            raise _inexpressible("vocabulary without merges")
+    first, last = _ends(tokenizer)
+    fields |= {_ROLES[role]: tokenizer.token_to_id(special[role]) for role in _ROLES if role in special}
+    fields |= {"add_bos_token": bool(first), "add_eos_token": bool(last)}
+    fields |= ({"bos_token_id": first[0]} if first else {}) | ({"eos_token_id": last[0]} if last else {})
+    fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items() if value is not None}
+    fields |= {"tokenizer.chat_template": special["chat_template"]} if "chat_template" in special else {}
+    _check_same(raw, tokenizer, from_fields(fields))
+    return fields
+
+
+def _ends(tokenizer):
+    """Ids that the tokenizer puts before and after each text; at most one of each."""
+    found = tokenizer.encode("a")
+    added = list(zip(found.ids, found.special_tokens_mask, strict=True))
+    ends = [[id for id, _ in takewhile(lambda pair: pair[1], side)] for side in (added, reversed(added))]
+    if max(map(len, ends)) > 1:
+        raise _inexpressible("template, which adds several tokens to a text")
+    return ends
+
+
+def _inexpressible(what):
+    return ValueError(f"GGUF has no words for this tokenizer's {what}: export the model with --to hf")
+
+
+def _steps(raw):
+    """The steps of a normalizer or pre-tokenizer, without what only offsets depend on."""
+    steps = [] if raw is None else raw.get("normalizers") or raw.get("pretokenizers") or [raw]
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+
+
+def _splitter(raw):
+    for name, steps in _SPLITTERS.items():
+        probe = Tokenizer(models.BPE())
+        probe.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        if _steps(json.loads(probe.to_str())["pre_tokenizer"]) == _steps(raw):
+            return name
+    raise _inexpressible(f"pre-tokenizer (known: {', '.join(_SPLITTERS)})")
+
+
+def _check_same(raw, tokenizer, rebuilt):
+    """Refuse, by the first part that differs, what would encode in another way when it is read again."""
+    ours, theirs = _parts(raw), _parts(json.loads(rebuilt.to_str()))
+    if different := [part for part in ours if ours[part] != theirs[part]]:
+        raise _inexpressible(different[0])
+    if not tokenizer.get_vocab().items() <= rebuilt.get_vocab().items():
+        raise _inexpressible("vocabulary, whose tokens exceed the model's embeddings")
+
+
+def _parts(raw):
+    """What encodings depend on besides the vocabulary."""
+    model, normalizer = raw["model"], _steps(raw["normalizer"])
+    pairs = [tuple(pair) for pair in model["merges"]]
+    unknown = model["unk_token"] if model["byte_fallback"] or not _ALPHABET <= model["vocab"].keys() else None
+    names = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "byte_fallback")
+    if model["byte_fallback"]:  # the splits of one token may stand in any order, which only their overlaps could tell
+        pairs = list(dict.fromkeys(map("".join, pairs))), sorted(pairs)
+    flags = ("special", "single_word", "lstrip", "rstrip") + ("normalized",) * bool(normalizer)
+    return {
+        "normalizer": normalizer,
+        "pre-tokenizer": _steps(raw["pre_tokenizer"]),
+        "options": [model[name] or None for name in names],
+        "unknown token": (unknown, unknown is not None and model["fuse_unk"]),
+        "merges": pairs,
+        "added tokens": {token["content"]: [token[flag] for flag in flags] for token in raw["added_tokens"]},
+    }
+
+
+def _byte_level(fields, tokens):
+    pre = _value(fields, "tokenizer.ggml.pre", "default")
+    if pre not in _SPLITTERS:
+        raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(_SPLITTERS)}")
+    ids, merges = _ids(tokens), [tuple(pair.split(" ")) for pair in _value(fields, "tokenizer.ggml.merges")]
     try:
         tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"the GGUF file's merges and tokens do not fit ({error}); convert the file again") from error
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitters[pre])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(reader, tokens):
+def _sentencepiece(fields, tokens):
     """SentencePiece merges the adjacent pair whose union scores highest: merges ranked by the score of their union."""
-    ids, scores = _ids(tokens), field(reader, "tokenizer.ggml.scores")
-    normal = [id for id, kind in enumerate(field(reader, "tokenizer.ggml.token_type")) if kind == 1]
+    ids, scores = _ids(tokens), _value(fields, "tokenizer.ggml.scores")
+    normal = [id for id, kind in enumerate(_value(fields, "tokenizer.ggml.token_type")) if kind == _NORMAL]
     ranked = sorted(normal, key=lambda id: -scores[id])
     splits = ((token[:i], token[i:]) for token in (tokens[id] for id in ranked) for i in range(1, len(token)))
     merges = [(left, right) for left, right in splits if left in ids and right in ids]
-    unknown = tokens[field(reader, "tokenizer.ggml.unknown_token_id", 0)]
+    unknown = tokens[_value(fields, "tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = [normalizers.Prepend("▁")] if field(reader, "tokenizer.ggml.add_space_prefix", True) else []
+    prefix = [normalizers.Prepend("▁")] if _value(fields, "tokenizer.ggml.add_space_prefix", True) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(

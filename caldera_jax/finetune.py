@@ -1,0 +1,630 @@
+"""Fine-tuning a compressed model: rotation signs as reals, and the first r ranks of L R as numbers; codes stay packed.
+
+A layer computes diag(s) Tᵀ (Q + L R) T diag(t) x, T the fast transform and s, t the signs: linear in each, so that they
+may be trained as reals (QuIP#, arXiv 2402.04396, section 5), and so may the first r columns of L and rows of R
+(CALDERA, arXiv 2405.18886, section 3).  A step goes through the model block by block, forward and back, and keeps only
+the streams between blocks; within a block the gradient decodes a few rows of Q at a time: no dense layer ever exists.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from caldera_jax import artifact, evaluate, files, report
+from caldera_jax.linear import CompressedLinear, Packed
+from caldera_jax.models import convert, data, llama, tokenizer, weights
+from caldera_jax.models.convert import Model
+from caldera_jax.models.data import Tokens
+from caldera_jax.models.llama import LlamaConfig, Params
+from caldera_jax.run import Run
+
+Free = dict[str, Any]  # {"blocks": [{layer: {field of CompressedLinear: array}}], and "classifier": [c, d]}
+OFFERED = {"goal": ("distill", "text", "labels"), "factor_dtype": ("bfloat16", "float32"),
+           "schedule": ("linear", "cosine", "constant")}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides a training but the model and the data.
+
+    signs: train the rotations' signs, stored as float16 then.  ranks: train so many first columns of L and rows of R,
+    stored as ``factor_dtype``; 0 for none.
+    goal: "distill", T² KL(teacher ‖ student) of the next token at temperature T (arXiv 1503.02531); "text", the next
+    token's negative log-likelihood; "labels", a window's class from a linear head on its last stream.
+    reconstruct: epochs of fitting each block's output to the dense model's, block after block, before all are trained
+    together.
+    batch windows a step, in ``accumulate`` parts; AdamW with weight decay on the factors alone, gradients clipped to
+    the norm ``clip``, rates by ``schedule`` to zero after a share ``warmup`` of warm-up.
+    validate, keep: after so many steps, and at the end, the loss on the validation windows; the best parameters are
+    kept.  Checkpoint: as often.
+    """
+
+    signs: bool = True
+    ranks: int = 0
+    factor_dtype: str = "bfloat16"
+    goal: str = "distill"
+    temperature: float = 1.0
+    reconstruct: int = 0
+    epochs: int = 1
+    batch: int = 4
+    accumulate: int = 1
+    sign_rate: float = 1e-3
+    factor_rate: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    validate: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, offered in OFFERED.items():
+            if getattr(self, name) not in offered:
+                raise ValueError(f"{name} must be one of {', '.join(offered)}; got {getattr(self, name)!r}")
+        least = {"ranks": 0, "reconstruct": 0, "epochs": 0, "batch": 1, "accumulate": 1, "validate": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        for name in ("temperature", "clip"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("sign_rate", "factor_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a share of the steps, from 0 to 1; got {self.warmup}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"a batch of {self.batch} windows does not divide into {self.accumulate} parts")
+        if not (self.signs or self.ranks or self.goal == "labels"):
+            raise ValueError("nothing is trained: switch on signs, or give ranks")
+
+
+# ---- what is trained
+
+
+def loosen(layer: CompressedLinear, signs: bool, ranks: int) -> tuple[CompressedLinear, dict[str, Any]]:
+    """The layer, and those of its fields that are trained, in float32: its sides and, of L R, the first ranks.
+
+    What ``join`` puts together computes what the layer does.  Ranks that were trained before are trained again,
+    whatever ``ranks``; orthogonal factors and absent rotations have no signs.
+    """
+    free: dict[str, Any] = {}
+    if signs:
+        sides = layer.sides(jnp.float32)
+        free = {name: side.astype(jnp.float32) for name, side in zip(("left_side", "right_side"), sides, strict=True)
+                if not isinstance(side, tuple)}
+    own = 0 if layer.trained is None else len(layer.trained[0])
+    if count := max(own, min(ranks, layer.rank)):
+        _, left, right = layer.rotated()
+        free["trained"] = left.T[:count].astype(jnp.float32), right[:count].astype(jnp.float32)
+        rest = (_from(part, count - own) for part in (layer.left_t, layer.right))
+        layer = dataclasses.replace(layer, **dict(zip(("left_t", "right"), rest, strict=True)), trained=None)
+    return layer, free
+
+
+def _from(part: Packed | None, row: int) -> Packed | None:
+    """The rows from this one on."""
+    if part is None or row == len(part.codes):
+        return None
+    return Packed(part.codes[row:], part.scale if len(part.scale) == 1 else part.scale[row:])
+
+
+def join(block: Mapping[str, Any], free: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The block with what is trained in its place."""
+    return {**block, **{name: dataclasses.replace(block[name], **fields) for name, fields in free.items()}}
+
+
+def stored(free: Free, factor_dtype: str) -> Free:
+    """What is trained as it is stored: signs in float16, factors in ``factor_dtype``, a classifier in float32."""
+    to = {"left_side": jnp.float16, "right_side": jnp.float16, "trained": jnp.dtype(factor_dtype)}
+
+    def rounded(fields):
+        return {field: jax.tree.map(lambda a, dtype=to[field]: a.astype(dtype), value)
+                for field, value in fields.items()}
+
+    return {**free, "blocks": [{name: rounded(fields) for name, fields in block.items()} for block in free["blocks"]]}
+
+
+# ---- gradients, block by block
+
+
+@partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")
+def _forward(config, block, free, x):
+    return llama.block(config, join(block, free), x, jnp.arange(x.shape[1]))[0]
+
+
+@partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")
+def _pull(config, block, free, x, pulled):
+    """Gradients with respect to ``free`` and to x, from that of the block's output."""
+    return jax.vjp(lambda free, x: llama.block(config, join(block, free), x, jnp.arange(x.shape[1]))[0], free, x)[1](
+        pulled)
+
+
+@partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")
+def _fit(config, block, free, x, target):
+    """Mean squared distance of the block's output from the target over the target's mean square, and its gradient."""
+    def loss(free):
+        y = llama.block(config, join(block, free), x, jnp.arange(x.shape[1]))[0]
+        return jnp.mean((y - target) ** 2) / jnp.maximum(jnp.mean(target**2), jnp.finfo(y.dtype).tiny)
+
+    return jax.value_and_grad(loss)(free)
+
+
+class Batch(NamedTuple):
+    """Windows, and what is to be learned of them: the teacher's last streams [b, s, d], or the classes [b] and the
+    number of tokens [b] that count."""
+
+    tokens: Int[np.ndarray, "b s"]
+    teacher: Float[np.ndarray, "b s d"] | None = None
+    labels: Int[np.ndarray, " b"] | None = None
+    lengths: Int[np.ndarray, " b"] | None = None
+
+    def __getitem__(self, rows):  # of every part
+        return Batch(*(None if part is None else part[rows] for part in self))
+
+
+def soft_loss(teacher: Float[Array, "s v"], student: Float[Array, "s v"], temperature: float) -> Float[Array, ""]:
+    """T² KL(softmax(teacher / T) ‖ softmax(student / T)), mean over tokens, nats (arXiv 1503.02531)."""
+    p, q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
+    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+
+
+def _head_loss(config, train, lanes, last, classifier, x, batch):
+    """Mean loss over the windows, ``lanes`` of them at a time (one a device): logits of more never exist."""
+    def of_window(x, batch):
+        if train.goal == "labels":
+            stream = llama.rms_norm(x[None], last["norm"], config.norm_eps)[0, batch.lengths - 1]
+            return -jax.nn.log_softmax(classifier.astype(x.dtype) @ stream)[batch.labels]
+        logits = llama.head(config, last, x[None])[0]
+        if train.goal == "distill":
+            return soft_loss(llama.head(config, last, batch.teacher[None])[0], logits, train.temperature)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), batch.tokens[1:, None], axis=-1))
+
+    apart = lambda a: a.reshape(lanes, -1, *a.shape[1:]).swapaxes(0, 1)
+    each = jax.checkpoint(jax.vmap(of_window))
+    return jnp.mean(lax.map(lambda items: each(*items), jax.tree.map(apart, (x, batch))))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+@jax.default_matmul_precision("highest")
+def _pull_head(config, train, lanes, last, classifier, x, batch):
+    """The loss, and its gradients with respect to the classifier and to the last streams x."""
+    loss = lambda classifier, x: _head_loss(config, train, lanes, last, classifier, x, batch)
+    return jax.value_and_grad(loss, argnums=(0, 1))(classifier, x)
+
+
+_value = jax.jit(jax.default_matmul_precision("highest")(_head_loss), static_argnums=(0, 1, 2))
+
+
+class Student(NamedTuple):
+    """A compressed model in training, on the devices that share each batch: ``blocks`` without what is trained, and
+    ``last``, all but the blocks."""
+
+    config: LlamaConfig
+    train: TrainConfig
+    mesh: Mesh
+    last: Params
+    blocks: list[dict[str, Any]]
+
+    def place(self, batch: Batch) -> Batch:
+        """The batch with its windows spread over the devices."""
+        return jax.device_put(batch, NamedSharding(self.mesh, P("data")))
+
+    def streams(self, free: Free, batch: Batch) -> list[Array]:
+        """What enters each block, and what leaves the last."""
+        found = [llama.embed(self.config, self.last, batch.tokens)]
+        for block, own in zip(self.blocks, free["blocks"], strict=True):
+            found.append(_forward(self.config, block, own, found[-1]))
+        return found
+
+    def loss(self, free: Free, batch: Batch) -> Array:
+        """Mean loss of the windows."""
+        x = self.streams(free, batch)[-1]
+        return _value(self.config, self.train, self.mesh.size, self.last, free.get("classifier"), x, batch)
+
+    def gradient(self, free: Free, batch: Batch) -> tuple[Array, Free]:
+        """Mean loss of the windows, and its gradient."""
+        *entering, x = self.streams(free, batch)
+        classifier = free.get("classifier", jnp.zeros((0, 0), x.dtype))
+        loss, (of_classifier, pulled) = _pull_head(self.config, self.train, self.mesh.size, self.last, classifier, x,
+                                                   batch)
+        gradients = []
+        for block, own in reversed(list(zip(self.blocks, free["blocks"], strict=True))):
+            of_block, pulled = _pull(self.config, block, own, entering.pop(), pulled)
+            gradients.append(of_block)
+        found = {"blocks": gradients[::-1]}
+        return loss, found | {"classifier": of_classifier} if "classifier" in free else found
+
+
+def student(config: LlamaConfig, params: Params, train: TrainConfig, classes: int = 0) -> tuple[Student, Free]:
+    """A model made ready, and what is trained of it.  ``classes``: of goal "labels".
+
+    Raises ValueError where no layer is compressed, or has nothing that can be trained.
+    """
+    share = train.batch // train.accumulate
+    devices = jax.local_devices()
+    mesh = Mesh(np.array(devices[:max(d for d in range(1, len(devices) + 1) if share % d == 0)]), ("data",))
+    blocks, free = [], []
+    for block in params["blocks"]:
+        loose = {name: loosen(value, train.signs, train.ranks) for name, value in dict(block).items()
+                 if isinstance(value, CompressedLinear)}
+        blocks.append({**block, **{name: layer for name, (layer, _) in loose.items()}})
+        free.append({name: fields for name, (_, fields) in loose.items() if fields})
+    if not any(free) and train.goal != "labels":
+        raise ValueError("no layer has anything to train: the model is dense, or was compressed without rotation "
+                         "(signs) and at rank 0 (ranks)")
+    last = {name: value for name, value in params.items() if name != "blocks"}
+    everywhere = partial(jax.device_put, device=NamedSharding(mesh, P()))
+    found: Free = {"blocks": free}
+    if train.goal == "labels":
+        found["classifier"] = jnp.zeros((classes, config.dim), jnp.float32)
+    return Student(config, train, mesh, everywhere(last), everywhere(blocks)), everywhere(found)
+
+
+# ---- the optimizer
+
+
+def schedule(train: TrainConfig, steps: int) -> optax.Schedule:
+    """Share of the rate at each step: up to 1 over the warm-up, then to 0 (linear, cosine) or level."""
+    warm = min(round(train.warmup * steps), max(steps - 1, 0))
+    rest = max(steps - warm, 1)
+    after = {"linear": optax.linear_schedule(1.0, 0.0, rest), "cosine": optax.cosine_decay_schedule(1.0, rest),
+             "constant": optax.constant_schedule(1.0)}[train.schedule]
+    return optax.join_schedules([optax.linear_schedule(1 / (warm + 1), 1.0, warm), after], [warm]) if warm else after
+
+
+def optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW on clipped gradients, signs at ``sign_rate``, factors and classifier at ``factor_rate``; weight decay on
+    the latter alone: a sign that decays to 0 would take its channel with it."""
+    def is_sign(path):
+        return any(getattr(key, "key", None) in ("left_side", "right_side") for key in path)
+
+    by_path = lambda function: partial(jax.tree_util.tree_map_with_path, function)
+    rate = by_path(lambda path, u: (train.sign_rate if is_sign(path) else train.factor_rate) * u)
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip), optax.scale_by_adam(),
+        optax.add_decayed_weights(train.weight_decay, mask=by_path(lambda path, _: not is_sign(path))),
+        optax.scale_by_learning_rate(schedule(train, steps)), optax.stateless(lambda updates, _: rate(updates)))
+
+
+# ---- training
+
+
+class State(NamedTuple):
+    """Where a training is; arrays alone, so that orbax keeps it.  NaN: not there yet."""
+
+    step: int | Array
+    free: Free
+    moments: Any  # the optimizer's
+    best: Free  # of least validation loss
+    losses: Float[np.ndarray, " steps"]  # nats a token, or a window's class
+    validation: Float[np.ndarray, " points"]  # before the first step, and after every ``validate``
+    fits: Float[np.ndarray, "blocks 2"]  # relative squared error of each block before and after its reconstruction
+
+
+class Keeper:
+    """The last state of a training, on disk."""
+
+    def __init__(self, folder: Path | None):
+        self.manager = None if folder is None else ocp.CheckpointManager(
+            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False))
+
+    def save(self, number: int, state: State) -> None:
+        """Keep it in place of the one before, which stays until this one is whole."""
+        if self.manager is not None:
+            self.manager.save(number, args=ocp.args.StandardSave(_leaves(state)))
+
+    def restore(self, state: State) -> State:
+        """The state that was kept, of the structure and on the devices of this one; this one where there is none."""
+        if self.manager is None or self.manager.latest_step() is None:
+            return state
+        found = self.manager.restore(self.manager.latest_step(), args=ocp.args.StandardRestore(_leaves(state)))
+        leaves, structure = jax.tree.flatten(state)
+        placed = [leaf if leaf.size == 0 else jax.device_put(found[str(i)], leaf.sharding) if isinstance(leaf, Array)
+                  else np.array(found[str(i)]) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, placed)
+
+
+def _leaves(state: State) -> dict[str, np.ndarray]:
+    """By number, as orbax takes them: none is empty."""
+    return {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state)) if leaf.size}
+
+
+@partial(jax.jit, static_argnums=0)
+@jax.numpy_dtype_promotion("standard")  # optax divides integers by floats
+def _update(chosen, free, moments, gradient):
+    updates, moments = chosen.update(gradient, moments, free)
+    return optax.apply_updates(free, updates), moments
+
+
+_optimizer = cache(optimizer)
+
+
+def batches(train: TrainConfig, windows: int, epoch: int) -> list[Int[np.ndarray, " batch"]]:
+    """The windows of each step of an epoch, in an order drawn anew; those that fill no batch are left out."""
+    order = np.random.default_rng([train.seed, epoch]).permutation(windows)
+    return list(order[:windows // train.batch * train.batch].reshape(-1, train.batch))
+
+
+def fit(model: Student, free: Free, data: Batch, aside: Batch, folder: Path | None = None,
+        dense: Sequence[Mapping[str, Any]] = ()) -> State:
+    """Train on ``data``, and keep the parameters of least loss on ``aside``, as they are stored.
+
+    folder: to keep the state in, and to go on from it: a training that was cut off ends with the same numbers.
+    dense: the teacher's blocks, for ``reconstruct``.
+    Memory: the packed model, the streams that enter every block for one part of a batch, what a block's gradient needs,
+    one window's logits on each device; what is trained, its best, AdamW's two moments.
+    Raises ValueError for fewer windows than a batch, or a loss that is not finite.
+    """
+    train, count = model.train, len(data.tokens)
+    if count < train.batch or len(aside.tokens) < model.mesh.size:
+        raise ValueError(f"{count} windows to train on and {len(aside.tokens)} to validate on: a batch takes "
+                         f"{train.batch}, and validation {model.mesh.size} or more: give more text, or shorter windows")
+    per_epoch = count // train.batch
+    steps = train.epochs * per_epoch
+    points = 1 + -(-steps // train.validate)
+    chosen = _optimizer(train, steps)
+    empty = lambda *shape: np.full(shape, np.nan)
+    keeper = Keeper(folder)
+    state = keeper.restore(State(np.asarray(-1), free, chosen.init(free), free, empty(steps), empty(points),
+                                 empty(len(model.blocks), 2)))
+    if int(state.step) < 0 and train.reconstruct:
+        state = _reconstruct(model, state, data, dense, keeper)
+    if int(state.step) < 0:
+        state.validation[0] = _validate(model, state.free, aside)
+        state = state._replace(step=np.asarray(0), best=state.free)
+    with tqdm(total=steps, initial=int(state.step), unit="step", desc="train", disable=not steps) as progress:
+        for step in range(int(state.step), steps):
+            epoch, i = divmod(step, per_epoch)
+            loss, gradient = _mean_gradient(model, state.free, data[batches(train, count, epoch)[i]])
+            if not np.isfinite(loss):
+                raise ValueError(f"step {step}: the loss is {loss}: lower the rates, or the model overflows")
+            new, moments = _update(chosen, state.free, state.moments, gradient)
+            state.losses[step] = loss
+            state = state._replace(step=np.asarray(step + 1), free=new, moments=moments)
+            progress.set_postfix_str(f"loss {loss:.4f}")
+            progress.update()
+            if (step + 1) % train.validate == 0 or step + 1 == steps:
+                point = -(-(step + 1) // train.validate)
+                state.validation[point] = _validate(model, new, aside)
+                if state.validation[point] < np.nanmin(state.validation[:point]):
+                    state = state._replace(best=new)
+                keeper.save(len(model.blocks) + step + 1, state)
+    return state
+
+
+def _mean_gradient(model, free, batch) -> tuple[float, Free]:
+    """Of a batch, a part at a time."""
+    parts = [model.place(batch[rows]) for rows in np.split(np.arange(len(batch.tokens)), model.train.accumulate)]
+    found = [model.gradient(free, parts[0])]
+    for part in parts[1:]:
+        loss, gradient = model.gradient(free, part)
+        found = [(found[0][0] + loss, jax.tree.map(jnp.add, found[0][1], gradient))]
+    (loss, gradient), = found
+    return float(loss) / len(parts), jax.tree.map(lambda a: a / len(parts), gradient)
+
+
+def _validate(model, free, aside) -> float:
+    """Mean loss of the windows with what is trained as it is stored."""
+    as_stored, share = stored(free, model.train.factor_dtype), model.mesh.size
+    losses = [float(model.loss(as_stored, model.place(aside[i:i + share])))
+              for i in range(0, len(aside.tokens) // share * share, share)]
+    return float(np.mean(losses))
+
+
+def _reconstruct(model: Student, state: State, data: Batch, dense, keeper: Keeper) -> State:
+    """Each block's output to that of the dense one behind the dense ones before it, for what enters it here."""
+    share = model.train.batch // model.train.accumulate
+    each = lambda function, x: np.concatenate([np.asarray(function(jnp.asarray(x[i:i + share])))
+                                               for i in range(0, len(x), share)])
+    entering = target = np.asarray(llama.embed(model.config, model.last, data.tokens))
+    done = int(np.isfinite(state.fits[:, 1]).sum())
+    for index, block in enumerate(tqdm(model.blocks, "reconstruct", unit="block")):
+        own = state.free["blocks"][index]
+        target = each(partial(_forward, model.config, jax.tree.map(jnp.asarray, dict(dense[index])), {}), target)
+        if index >= done:
+            own, state.fits[index] = _fit_block(model, block, own, entering, target)
+            free = state.free["blocks"][:index] + [own] + state.free["blocks"][index + 1:]
+            state = state._replace(free={**state.free, "blocks": free})
+            keeper.save(index + 1, state)
+        entering = each(partial(_forward, model.config, block, own), entering)
+    return state
+
+
+def _fit_block(model: Student, block, free, entering, target) -> tuple[dict[str, Any], tuple[float, float]]:
+    """What is trained of one block, and its relative squared error before and after."""
+    train = model.train
+    epochs = [batches(train, len(entering), epoch) for epoch in range(train.reconstruct)]
+    chosen = _optimizer(train, sum(map(len, epochs)))
+    error = lambda free: float(np.mean([_fit(model.config, block, free, entering[rows], target[rows])[0]
+                                        for rows in epochs[0]]))
+    before, moments = error(free), chosen.init(free)
+    for rows in (rows for epoch in epochs for rows in epoch):
+        _, gradient = _fit(model.config, block, free, entering[rows], target[rows])
+        free, moments = _update(chosen, free, moments, gradient)
+    return free, (before, error(free))
+
+
+# ---- a run
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A training of a compressed model on a text.
+
+    source: its directory.  text: windows of a built-in text, a file or a directory, of which the last ``aside`` are for
+    validation; where it is the text that the model is evaluated on, from the part that is not.  With goal "labels" a
+    file of JSON lines {"text": …, "label": …}, of which all are taken that fit the window.
+    """
+
+    source: str
+    train: TrainConfig = TrainConfig()
+    text: Tokens = Tokens(windows=256)
+    aside: int = 64
+
+    def __post_init__(self):
+        if not 0 < self.aside < self.text.windows:
+            raise ValueError(f"{self.aside} of {self.text.windows} windows for validation: at least 1, and fewer than "
+                             "all")
+
+
+def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
+    """Train a compressed model, write it to ``out`` as a compressed model of its own, evaluate it, write the report.
+
+    Killed and started again with the same arguments it goes on from the last validation, to the same bytes.
+    The report is the source's, with what has changed, and ``finetune``.
+    Raises ValueError for bad input: a directory that holds no compressed model, a base model that is not its own, text
+    that is too short, another run's ``out``.
+    """
+    source, train = Path(config.source), config.train
+    before, model = artifact.read_manifest(source)["run"], artifact.load(source)
+    base = teacher(before, source) if train.goal == "distill" or train.reconstruct else None
+    batch, classes = read(config, model, before["config"])
+    own = {"config": report.plain(config), "source_sha256": files.sha256(source / artifact.MANIFEST),
+           "data_sha256": [files.sha256(part) for part in batch if part is not None]}
+    run = Run(out, before | {"finetune": [*before.get("finetune", []), own]})
+    if (done := run.report()) is not None:
+        return done
+    origin, clock = report.provenance(config, train.seed), report.Clock(run.recall("clock"))
+    if not run.complete():
+        if train.goal == "distill":
+            with clock.stage("teacher"):
+                batch = batch._replace(teacher=_kept(run, "teacher", lambda: last_streams(base, batch.tokens)))
+        with clock.stage("train"):
+            learner, free = student(model.config, weights.whole(model.params), train, len(classes))
+            edge = len(batch.tokens) - config.aside
+            dense = base.params["blocks"] if train.reconstruct else ()
+            state = fit(learner, free, batch[:edge], batch[edge:], run.work / "state", dense)
+        run.remember("clock", clock.stages)
+        run.remember("training", {
+            "steps": len(state.losses), "trained": sum(leaf.size for leaf in jax.tree.leaves(state.free)),
+            "losses": state.losses.tolist(), "validation": state.validation.tolist(), "fits": state.fits.tolist(),
+            "classes": classes})
+        _write(run, model, learner, state)
+    with clock.stage("evaluate"):
+        trained, tokens = artifact.load(out), held_out(model, before["config"])
+        value = evaluate.perplexity(trained.config, trained.params, tokens, title="perplexity")
+    return run.finish(partial(_summary, config, origin, clock, run, source, value, trained))
+
+
+def teacher(run: dict[str, Any], source: Path) -> Model:
+    """The dense model that ``source`` was compressed from; ValueError where it is no longer the same."""
+    base = convert.load(run["config"]["model"])
+    if artifact.fingerprint(base) != run["model_sha256"]:
+        raise ValueError(f"{run['config']['model']} is not the model that {source} was compressed from, and so no "
+                         "teacher for it: put its weights back, or train with goal text")
+    return base
+
+
+def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Batch, list[str]]:
+    """Windows to train on and, after them, to validate on; and the names of the classes."""
+    text = config.text
+    if text.window > model.config.context:
+        raise ValueError(f"windows of {text.window} tokens exceed the model's context {model.config.context}: shorten "
+                         "them")
+    if config.train.goal == "labels":
+        return labelled(model, Path(text.text), text.window)
+    documents = data.load_text(text.text)
+    if text.text == run["evaluation"]["text"]:
+        documents, _ = data.split(documents)
+    return Batch(data.token_windows(model.tokenizer, documents, text.window, text.windows, "training")), []
+
+
+def labelled(model: Model, path: Path, window: int) -> tuple[Batch, list[str]]:
+    """The lines {"text": …, "label": …} of a file: their tokens, padded with zeros, and the number of their class.
+
+    Raises ValueError for a line that is not of this kind, or longer than the window, and for fewer than two classes.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        texts, labels = [str(row["text"]) for row in rows], [str(row["label"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: not a file of JSON lines {{"text": …, "label": …}} ({error})') from error
+    tokens, classes = [tokenizer.encode(model.tokenizer, text) for text in texts], sorted(set(labels))
+    if len(classes) < 2:
+        raise ValueError(f"{path}: {len(classes)} classes; two at least are needed")
+    if bad := [i + 1 for i, ids in enumerate(tokens) if not 0 < len(ids) <= window]:
+        raise ValueError(f"{path}: line {bad[0]} has {len(tokens[bad[0] - 1])} tokens, and a window holds 1 to "
+                         f"{window}: widen it, or shorten the line")
+    padded = np.stack([np.pad(ids, (0, window - len(ids))) for ids in tokens])
+    return Batch(padded, None, np.array([classes.index(label) for label in labels]), np.array(list(map(len, tokens)))
+                 ), classes
+
+
+def last_streams(model: Model, tokens: Int[np.ndarray, "w s"], batch: int = 4) -> Float[np.ndarray, "w s d"]:
+    """What leaves the last block, a block in memory at a time."""
+    last = {name: value for name, value in model.params.items() if name != "blocks"}
+    x = np.asarray(llama.embed(model.config, last, tokens))
+    for block in tqdm(model.params["blocks"], "teacher", unit="block", leave=False):
+        placed = jax.tree.map(jnp.asarray, dict(block))
+        x = np.concatenate([np.asarray(_forward(model.config, placed, {}, jnp.asarray(x[i:i + batch])))
+                            for i in range(0, len(x), batch)])
+    return x
+
+
+def held_out(model: Model, run: dict[str, Any]) -> Int[np.ndarray, "w s"]:
+    """The windows that the run was evaluated on."""
+    text, theirs = run["calibration"]["text"], run["evaluation"]
+    documents = data.load_text(theirs["text"])
+    if theirs["text"] == text:
+        _, documents = data.split(documents)
+    return data.token_windows(model.tokenizer, documents, theirs["window"], theirs["windows"], "evaluation")
+
+
+def _kept(run: Run, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array of the run's unfinished work, made once."""
+    path = run.work / f"{name}.safetensors"
+    if not files.whole(path):
+        files.write_arrays(path, {name: make()})
+    return files.read_arrays(path)[name]
+
+
+def _write(run: Run, model: Model, learner: Student, state: State) -> None:
+    """The artifact, with the best parameters as they are stored."""
+    best, paths = stored(state.best, learner.train.factor_dtype), []
+    for index, (block, free) in enumerate(zip(learner.blocks, best["blocks"], strict=True)):
+        for name, layer in join(block, free).items():
+            if isinstance(layer, CompressedLinear):
+                paths.append(f"blocks.{index}.{name}")
+                run.keep_layer(paths[-1], layer, {"bits": layer.stored_bits,
+                                                  "bits_per_weight": layer.stored_bits / math.prod(layer.shape)})
+        if any(path.startswith(f"blocks.{index}.") for path in paths):
+            model.params["blocks"][index] = run.block(index, model.params["blocks"][index])
+    if "classifier" in best:
+        model.params["classifier"] = np.asarray(best["classifier"])
+    run.write(model, paths)
+
+
+def _summary(config: FinetuneConfig, origin: dict[str, Any], clock: report.Clock, run: Run, source: Path, value: float,
+             trained: Model) -> dict[str, Any]:
+    """The source's report with what has changed."""
+    old = files.read_json(source / "report.json")
+    new = {path: run.recall(path) for path in artifact.read_manifest(run.out)["layers"]}
+    rows = [row | {key: new[row["path"]][key] for key in ("bits", "bits_per_weight")} for row in old["layers"]]
+    bits = sum(row["bits"] for row in rows)
+    own = {**origin, **run.recall("training"), "perplexity_before": old["compressed_perplexity"], "perplexity": value,
+           "bits_per_weight_before": old["bits_per_weight"], "seconds": report.seconds(clock.stages),
+           "stages": clock.stages}
+    return {**old, "compressed_perplexity": value, "bits_per_weight": bits / old["compressed_weights"],
+            "stored_bytes": bits // 8, "model_bytes": artifact.model_bytes(trained.params),
+            "disk_bytes": sum((run.out / f).stat().st_size for f in artifact.read_manifest(run.out)["files"]),
+            "layers": rows, "finetune": [*old.get("finetune", []), own]}

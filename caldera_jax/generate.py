@@ -1,0 +1,307 @@
+"""Text from a dense or a packed model: keys and values are kept, and every sequence grows by a token a step.
+
+Prompts of several lengths are one batch, padded on the right: the token at position p has its key in slot p of the
+cache and sees the slots up to p alone, so that padding is never seen, and is written over as the sequence grows.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt32
+from tokenizers import Tokenizer
+
+from caldera_jax import artifact, report
+from caldera_jax.linear import CompressedLinear
+from caldera_jax.models import convert, llama
+from caldera_jax.models.convert import Model
+from caldera_jax.models.llama import LINEARS, LlamaConfig, Params
+
+# What the special token at the end of a text or of a turn is called in the families that ``llama`` computes: a model
+# may have several, and its files name one of them at most.
+ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+ROUND = 32  # prompts and caches are as long as a multiple of this: few shapes, so few compilations
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many tokens, and how each is chosen: the likeliest (temperature 0), or drawn from the nucleus of ``top_p``.
+
+    Raises ValueError for numbers out of range.
+    """
+
+    tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise ValueError(f"the number of tokens to generate must be positive, got {self.tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie above 0 and be at most 1 (all tokens), got {self.top_p}")
+
+
+def nucleus(logits: Float[Array, "b v"], top_p: float) -> Float[Array, "b v"]:
+    """The logits, -inf outside the fewest likeliest tokens whose probability is at least ``top_p``.
+
+    Of equal logits the one of the lower index counts as likelier. top_p = 1 keeps all.  arXiv 1904.09751.  O(v log v).
+    """
+    if top_p >= 1:
+        return logits
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    falling = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    likelier = jnp.cumsum(falling, axis=-1) - falling  # probability of the tokens before each
+    kept = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, likelier < top_p, axis=-1, inplace=False)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def sample(key: PRNGKeyArray | UInt32[Array, "2"], logits: Float[Array, "b v"], temperature: float, top_p: float
+           ) -> Int32[Array, " b"]:
+    """A token of each row, drawn from softmax(logits / temperature) within its nucleus; temperature 0: the likeliest.
+
+    ``temperature`` and ``top_p`` are static under ``jit``.
+    """
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # finite at any temperature but 0
+    return jax.random.categorical(key, nucleus(scaled, top_p)).astype(jnp.int32)
+
+
+# ---- tokens
+
+
+def stream(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
+           sampling: Sampling = Sampling(), ends: Collection[int] = ()) -> Iterator[Int32[np.ndarray, " b"]]:
+    """The next tokens of the prompts, one of each a step: [b], -1 where a sequence has ended.
+
+    A sequence ends before a token of ``ends``, after ``sampling.tokens`` tokens, or where it is as long as the context.
+    With temperature 0 each gets the tokens that it gets alone.  The t-th tokens are drawn with fold_in(seed, t): more
+    tokens begin with the same ones (sums over a longer cache may round otherwise).
+
+    Cost: a step reads all weights once, and 2 b c g e numbers of keys and values a block, c being the longest prompt
+    plus the tokens asked for; the prompts take b h s c scores.  A sliding window does not shorten the cache.  All
+    weights are put on the device, packed ones packed.
+    Raises ValueError for no prompt, an empty one, one that leaves no room in the context or has tokens outside the
+    vocabulary; while it runs, for logits that are not finite.
+    """
+    if not prompts:
+        raise ValueError("no prompt: give at least one")
+    tokens = [np.asarray(prompt, np.int64) for prompt in prompts]
+    for prompt in tokens:
+        if not prompt.size:
+            raise ValueError("an empty prompt: give at least one token to go on from")
+        if len(prompt) >= config.context:
+            raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in the model's context of "
+                             f"{config.context}: shorten it to {config.context - 1} or fewer")
+        if prompt.min() < 0 or prompt.max() >= config.vocab:
+            raise ValueError(f"a prompt has tokens outside the vocabulary of {config.vocab}: is it another model's?")
+    return _steps(config, place(params), tokens, sampling, list(ends))
+
+
+def complete(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
+             sampling: Sampling = Sampling(), ends: Collection[int] = ()) -> list[Int32[np.ndarray, " _"]]:
+    """All tokens that ``stream`` gives each prompt; raises as it does."""
+    steps = [np.full(len(prompts), -1, np.int32), *stream(config, params, prompts, sampling, ends)]
+    return [row[row >= 0] for row in np.stack(steps, axis=1)]
+
+
+def place(params: Params, dense: bool = False) -> Params:
+    """The weights on the device, read block by block; ``dense``: packed ones put together as dense matrices."""
+    take = lambda w: _dense(w) if dense and isinstance(w, CompressedLinear) else jax.device_put(w)
+    blocks = [{name: take(weight) for name, weight in block.items()} for block in params["blocks"]]
+    return jax.device_put({name: w for name, w in params.items() if name != "blocks"}) | {"blocks": blocks}
+
+
+def _steps(config, params, prompts, sampling, ends):
+    """One loop for all steps: the first takes the prompts, each later one the tokens before it."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    room = config.context - lengths
+    tokens = np.zeros((len(prompts), _rounded(lengths.max())), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[:len(prompt)] = prompt
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    last, key = {name: w for name, w in params.items() if name != "blocks"}, jax.random.key(sampling.seed)
+    capacity, dtype = _capacity(config, lengths, sampling), np.promote_types(last["embed"].dtype, np.float32)
+    caches = [llama.empty_cache(config, len(prompts), capacity, dtype) for _ in params["blocks"]]
+    ended = np.zeros(len(prompts), bool)
+    for i in range(min(sampling.tokens, int(room.max()))):
+        x = _embed(config, last, tokens)
+        for j, block in enumerate(params["blocks"]):
+            x, caches[j] = _block(config, block, x, caches[j], positions)
+        at = np.zeros_like(lengths) if i else lengths - 1
+        chosen = np.asarray(_next(config, last, x, at, key, np.int32(i), sampling.temperature, sampling.top_p))
+        if np.any((chosen < 0) & ~ended):
+            raise ValueError("the model's logits are not finite: its weights overflow or are damaged")
+        ended |= np.isin(chosen, ends) | (i >= room)
+        if ended.all():
+            return
+        yield np.where(ended, np.int32(-1), chosen)
+        tokens, positions = chosen[:, None], (lengths + np.int32(i))[:, None]
+
+
+def _capacity(config, lengths, sampling):
+    """Slots of the caches."""
+    return _rounded(min(max(lengths) + sampling.tokens, config.context))
+
+
+def _rounded(length) -> int:
+    return -(-int(length) // ROUND) * ROUND
+
+
+@jax.jit
+def _dense(weight):
+    return weight.dense()
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(config, last, tokens):
+    return llama.embed(config, last, tokens)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+@jax.default_matmul_precision("highest")
+def _block(config, params, x, cache, positions):
+    return llama.cached_block(config, params, x, cache, positions)
+
+
+@partial(jax.jit, static_argnums=(0, 6, 7))
+@jax.default_matmul_precision("highest")
+def _next(config, last, x, at, key, step, temperature, top_p):
+    """The token after place ``at`` of each row; -1 where a logit is not finite."""
+    logits = llama.head(config, last, jnp.take_along_axis(x, at[:, None, None], axis=1))[:, 0]
+    chosen = sample(jax.random.fold_in(key, step), logits, temperature, top_p)
+    return jnp.where(jnp.isfinite(logits).all(axis=-1), chosen, -1)
+
+
+# ---- text
+
+
+def end_tokens(model: Model) -> set[int]:
+    """Ids of the tokens that end a text: the one that the model's files name so, and its special tokens in ``ENDS``."""
+    added = model.tokenizer.get_added_tokens_decoder().items()
+    named = model.tokenizer.token_to_id(model.special.get("eos_token", ""))
+    return {id for id, token in added if token.special and token.content in ENDS} | {named} - {None}
+
+
+class Text:
+    """The text that tokens add to those before them, as they come: never a part of a character.
+
+    Bytes that make up no character are U+FFFD; they are held back until one follows them, or ``rest``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
+        self._decode = tokenizer.decode
+        self._ids, self._shown = list(before), len(before)
+
+    def add(self, token: int) -> str:
+        """What can be shown now; often a word, empty where a character is not complete."""
+        self._ids.append(token)
+        text = self.rest()
+        if text.endswith("\ufffd"):
+            return ""
+        self._ids, self._shown = self._ids[self._shown:], len(self._ids) - self._shown
+        return text
+
+    def rest(self) -> str:
+        """What was held back."""
+        before, after = self._decode(self._ids[:self._shown]), self._decode(self._ids)
+        return after[len(before):] if after.startswith(before) else self._decode(self._ids[self._shown:])
+
+
+class Result(NamedTuple):
+    """What was generated, with its seconds and bytes."""
+
+    texts: list[str]  # without their prompts
+    tokens: list[list[int]]
+    prompt_tokens: int
+    layer_bytes: int  # of all linear layers of the blocks
+    weight_bytes: int
+    cache_bytes: int
+    start_bytes: int  # resident before the model was read
+    peak_bytes: int  # the most since then
+    stages: dict[str, dict[str, float]]  # load, prompt (until the first tokens), tokens (all others)
+
+    @property
+    def prompt_rate(self) -> float:
+        """Tokens of the prompts a second, compiling apart."""
+        return self.prompt_tokens / self._seconds("prompt")
+
+    @property
+    def token_rate(self) -> float:
+        """Tokens a second, over all sequences, after the first of each, compiling apart; NaN where there are none."""
+        return sum(max(len(row) - 1, 0) for row in self.tokens) / self._seconds("tokens")
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of tracing and compiling."""
+        return sum(stage["compile_seconds"] for stage in self.stages.values())
+
+    def _seconds(self, stage):
+        return (self.stages[stage]["seconds"] - self.stages[stage]["compile_seconds"]) or math.nan
+
+
+def load(source: str | Path) -> Model:
+    """A compressed directory, or any dense model that ``convert.load`` takes; raises as the two do."""
+    path = Path(source)
+    return artifact.load(path) if path.is_dir() and not (path / "config.json").is_file() else convert.load(source)
+
+
+def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), dense: bool = False,
+        show: Callable[[int, str], None] = lambda row, text: None) -> Result:
+    """Continue the prompts with a model from the disk, and measure it; ``show(row, text)`` is called as text comes.
+
+    The prompts are tokenized as the model's tokenizer asks (with a first token where it adds one).  ``dense``: the
+    packed weights are put together first.  Memory is that of this process: measure one model a process.
+    Raises ValueError for empty prompts, as ``stream``, and as ``load``.
+    """
+    if not all(prompts):
+        raise ValueError("an empty prompt: give some text to go on from")
+    clock = report.Clock()
+    with clock.stage("load"):
+        start = report.peak_memory()
+        model = load(source)
+        model = model._replace(params=place(model.params, dense))  # what was read from the disk goes
+        config, params = model.config, model.params
+        ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
+        steps = stream(config, params, ids, sampling, end_tokens(model))
+    texts, tokens, said = [Text(model.tokenizer, row) for row in ids], [[] for _ in ids], [""] * len(ids)
+
+    def tell(row, text):
+        said[row] += text
+        show(row, text)
+
+    with clock.stage("prompt"):
+        first = list(itertools.islice(steps, 1))
+    with clock.stage("tokens"):
+        for step in itertools.chain(first, steps):
+            for row, token in enumerate(step.tolist()):
+                if token >= 0:
+                    tokens[row].append(token)
+                    tell(row, texts[row].add(token))
+    for row, text in enumerate(texts):
+        tell(row, text.rest())
+    slots = 2 * config.layers * len(ids) * _capacity(config, list(map(len, ids)), sampling)
+    layers = [block[name] for block in params["blocks"] for name in LINEARS]
+    return Result(
+        said, tokens, sum(map(len, ids)), sum(leaf.nbytes for leaf in jax.tree.leaves(layers)),
+        artifact.model_bytes(params), 4 * slots * config.kv_heads * config.head_dim, start,
+        max(int(stage["peak_memory_bytes"]) for stage in clock.stages.values()), clock.stages)
+
+
+def run_apart(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), dense: bool = True
+              ) -> Result:
+    """``run`` in a process of its own, so that the memory is that of this model alone."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run, source, prompts, sampling, dense).result()

@@ -1,0 +1,436 @@
+"""Compressed models as dense files: the same logits elsewhere and again here; the native format decoded in NumPy."""
+
+import dataclasses
+import gc
+import json
+import re
+import resource
+import textwrap
+import tracemalloc
+from functools import cache
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from caldera_jax import artifact, evaluate, export, files, hadamard, linear
+from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
+from caldera_jax.kernels.matmul import Packed
+from caldera_jax.models import convert, data, llama, tokenizer, weights
+from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig
+
+SCALING = Llama3RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+PLAIN = LlamaConfig(vocab=420, dim=24, layers=2, heads=2, kv_heads=2, head_dim=12, ffn_dim=24, norm_eps=1e-5,
+                    context=256)  # every layer of one shape: one compilation
+CONFIGS = {
+    "llama": dataclasses.replace(PLAIN, kv_heads=1, ffn_dim=40),
+    "tied": dataclasses.replace(PLAIN, tied=True),
+    "llama3": dataclasses.replace(PLAIN, rope_theta=5e5, rope_scaling=SCALING, heads=1, kv_heads=1, head_dim=24),
+    "mistral": dataclasses.replace(PLAIN, sliding_window=5),
+    "qwen2": dataclasses.replace(PLAIN, qkv_bias=True),
+}
+GRIDS = (E8P(), ResidualE8P(4), ResidualE8P(4))
+TOKENS = np.random.default_rng(1).integers(0, 400, (3, 32), np.int32)
+CORPUS = ["The quick brown fox, it's 12345 times over the lazy dog's back.\n\nThe fox wasn't thinking there."] * 3 + [
+    "Rotations and quantizers: 3.14159, 2718 and 1000000 are numbers; naïve café — 東京.\r\n  indented    text\t!!"
+]
+TEXTS = [*CORPUS, "  two  spaces ", "we'LL see 12 123 1234 12345", "\n\n\nline", "émoji 🎉🎉", "a<|end|>b<s>c", "<unk>",
+         "a <think> b", ""]
+DENSE, forward = jax.jit(lambda layer: layer.dense()), jax.jit(llama.forward, static_argnums=0)
+
+
+def random_layer(seed, m, n, rank, grids=GRIDS):
+    """A layer of random codes, all of which stand for something, and of about the norm of a random weight."""
+    rng = np.random.default_rng(seed)
+    octets = lambda *shape: jnp.asarray(rng.integers(0, 256, shape, np.uint8))
+    scales = 0.7 / np.sqrt(n), 0.7 / np.sqrt(n), 0.3
+    parts = [Packed(octets(rows, -(-width // grid.block) * grid.code_bits // 8), jnp.full((1, 1), scale, jnp.float32))
+             for rows, width, grid, scale in zip((m, rank, rank), (n, m, n), grids, scales, strict=True)]
+    return linear.CompressedLinear(*parts, octets(-(-m // 8)), octets(-(-n // 8)), (m, n), grids)
+
+
+def make(config, text=None, special=None):
+    """A model of random compressed layers."""
+    params = jax.tree.map(np.asarray, llama.init(jax.random.key(0), config))
+    shapes = llama.shapes(config)
+    for i, block in enumerate(params["blocks"]):
+        block |= {name: random_layer(10 * i + j, *shapes[name], 4) for j, name in enumerate(shapes)}
+        block |= {name: block[name] + np.float32(0.1) for name in block if name.endswith("bias")}
+    return convert.Model(config, params, text or byte_level("gpt-2"), "a/tiny one", special or {})
+
+
+def byte_level(pre):
+    """A byte-level BPE tokenizer as a model's tokenizer.json would hold it."""
+    out = Tokenizer(models.BPE(unk_token="<|end|>", ignore_merges=pre == "llama-bpe"))
+    own = [pre_tokenizers.Split(Regex(tokenizer._LLAMA3_WORDS.replace("{1,3}", "")), "isolated"),
+           pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    steps = own if pre == "qwen2" else tokenizer._SPLITTERS[pre]
+    if pre == "qwen2":
+        out.normalizer = normalizers.NFC()
+    out.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    out.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    out.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    out.add_special_tokens([AddedToken("<|end|>", normalized=False)])
+    out.add_tokens([AddedToken("<think>", normalized=False)])
+    return out
+
+
+def sentencepiece(prefix=True, bos=True):
+    """A tokenizer as those of Llama 2: pieces of ranked merges, bytes for what is unknown."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=140, show_progress=False))
+    merges = json.loads(trained.to_str())["model"]["merges"]
+    merged = list(dict.fromkeys("".join(pair) for pair in merges))
+    letters = sorted(token for token in trained.get_vocab() if len(token) == 1)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *letters]
+    ids = {token: i for i, token in enumerate(tokens)}
+    splits = [(t[:i], t[i:]) for t in merged for i in range(1, len(t)) if t[:i] in ids and t[i:] in ids]
+    out = Tokenizer(models.BPE(ids, splits, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    first = [normalizers.Prepend("▁")] if prefix else []
+    out.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    out.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    out.add_special_tokens([AddedToken(token, normalized=False) for token in tokens[:3]])
+    if bos:
+        out.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return out
+
+
+def exact(layer):
+    """The matrix of a layer, in float64, by the text of the format."""
+    return decoder()["weight"](artifact.layer_arrays(layer), artifact.layer_meta(layer))
+
+
+def logits(model):
+    """In float64, of what every layer decodes to."""
+    wide = lambda value: exact(value) if isinstance(value, linear.CompressedLinear) else np.asarray(value, np.float64)
+    params = jax.tree.map(wide, weights.whole(model.params),
+                          is_leaf=lambda leaf: isinstance(leaf, linear.CompressedLinear))
+    return np.asarray(forward(model.config, params, jnp.asarray(TOKENS)))
+
+
+def assert_close(found, wanted, bound):
+    assert np.abs(np.asarray(found) - wanted).max() <= bound * np.abs(wanted).max()
+
+
+# ---- the native format
+
+
+@cache
+def decoder():
+    """The functions in the docstring of ``artifact``, as a reader would copy them."""
+    text = artifact.__doc__
+    code = textwrap.dedent(text[text.index("    import itertools"):text.index("A manifest of another")])
+    assert "caldera" not in code and "jax" not in code
+    scope = {}
+    exec(code, scope)
+    return scope
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(24, 576, 5), (576, 24, 16), (40, 28, 3), (64, 12, 1), (12, 20, 9)])
+def test_the_decoder_in_the_docstring_reads_a_layer_from_its_file(tmp_path, m, n, rank):
+    """float32 sums of n products each, here in float64: n units in the last place of the largest weight are enough."""
+    layer = random_layer(m, m, n, rank)
+    files.write_arrays(tmp_path / "block", {f"q.{k}": v for k, v in artifact.layer_arrays(layer).items()})
+    meta = json.loads(json.dumps(artifact.layer_meta(layer)))
+    arrays = {name.removeprefix("q."): value for name, value in load_file(tmp_path / "block").items()}
+    found = decoder()["weight"](arrays, meta)
+    assert found.shape == (m, n) and found.dtype == np.float64
+    assert_close(DENSE(layer), found, max(m, n) * 2.0**-23)
+
+
+def test_every_lattice_point_is_decoded_alike():
+    code = np.arange(2**16)
+    wanted = jax.jit(E8P().decode, static_argnums=1)(jnp.asarray(code, jnp.uint16), jnp.float64)
+    np.testing.assert_array_equal(decoder()["e8p"](code), wanted.reshape(-1, 8))
+
+
+def test_the_docstring_tells_the_transform_of_the_width_of_llama_2():
+    """Order 172 from the four sequences in the text."""
+    text = artifact.__doc__.replace("\n", " ").split("is set")[0]
+    words = [int(word, 16) for word in re.findall(r"\b[0-9a-f]{11}\b", text[text.rindex("where bit t of"):])]
+    i = np.arange(43)
+    a, b, c, d = (1 - 2 * (word >> i & 1)[(i[:, None] - i) % 43] for word in words)
+    j = np.eye(43, dtype=int)[::-1]
+    found = np.block([[a, b @ j, c @ j, d @ j], [-b @ j, a, d.T @ j, -c.T @ j], [-c @ j, -d.T @ j, a, b.T @ j],
+                      [-d @ j, c.T @ j, -b.T @ j, a]])
+    np.testing.assert_array_equal(found, hadamard.hadamard_matrix(172))
+    assert hadamard.factor(11008) == (64, 172, "hadamard")
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_scalar_codes_are_packed_as_the_docstring_says(bits):
+    width, grid = 11, Uniform(bits)
+    packed = np.random.default_rng(0).integers(0, 256, (6, -(-width * bits // 8)), np.uint8)
+    layer = linear.CompressedLinear(Packed(jnp.asarray(packed), jnp.ones((1, 1))), None, None, (), (), (6, width),
+                                    (grid, *GRIDS[1:]))
+    digits = np.unpackbits(packed, axis=1, count=width * bits, bitorder="little").reshape(6, width, bits)
+    np.testing.assert_allclose(layer.rotated()[0], 2 * (digits @ 2 ** np.arange(bits)) / (2**bits - 1) - 1, atol=1e-15)
+
+
+# ---- Hugging Face
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_loads_the_directory_as_it_is_and_has_our_logits(tmp_path, name):
+    torch = pytest.importorskip("torch", reason="torch is the other side of this test")
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
+    text = byte_level("qwen2" if name == "qwen2" else "gpt-2")  # transformers has no other for a model of type qwen2
+    model = make(CONFIGS[name], text, {"eos_token": "<|end|>"})
+    export.export(model, "hf", tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert theirs.dtype == torch.float32 and theirs.config.bos_token_id is None
+    assert theirs.generation_config.eos_token_id == model.tokenizer.token_to_id("<|end|>")
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    assert_close(expected, logits(model), 1e-5)  # float32 rounds sums of 24 products, in 14 of them one after another
+    if name == "llama":
+        assert_close(forward(model.config, model.params, jnp.asarray(TOKENS)), expected, 1e-5)
+    encode = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert encode.eos_token == "<|end|>"
+    for text in TEXTS:
+        assert encode(text)["input_ids"] == model.tokenizer.encode(text).ids
+        assert encode.decode(encode(text)["input_ids"]) == model.tokenizer.decode(model.tokenizer.encode(text).ids,
+                                                                                  skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_transformers_encodes_and_decodes_as_a_sentencepiece_tokenizer(tmp_path, prefix):
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "gone",
+               "chat_template": "{{ messages[0].content }}</s>"}
+    model = make(dataclasses.replace(PLAIN, vocab=460), sentencepiece(prefix), special)
+    export.export(model, "hf", tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token) == ("<s>", "</s>", "<unk>", None)
+    assert theirs.apply_chat_template([{"role": "user", "content": "fox"}], tokenize=False) == "fox</s>"
+    for text in TEXTS:
+        ids = model.tokenizer.encode(text).ids
+        assert theirs(text)["input_ids"] == ids and ids[0] == 1
+        assert theirs.decode(ids, skip_special_tokens=True) == model.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+@pytest.mark.parametrize("name", ["llama", "tied", "llama3", "mistral"])
+def test_what_is_exported_comes_back_with_the_same_logits(tmp_path, name, to):
+    model = make(CONFIGS[name], special={"eos_token": "<|end|>", "chat_template": "{{ messages }}"})
+    out = tmp_path / "deep" / f"model.{to}"
+    export.export(model, to, out)
+    back = convert.load(out)
+    assert dataclasses.replace(back.config, norm_eps=model.config.norm_eps) == model.config  # GGUF: in float32
+    assert_close(logits(back), logits(model), 1e-5)
+    assert back.special == model.special
+    for text in TEXTS:
+        np.testing.assert_array_equal(tokenizer.encode(back.tokenizer, text), tokenizer.encode(model.tokenizer, text))
+    if name == "tied":
+        ours, theirs = (evaluate.perplexity(m.config, m.params, TOKENS) for m in (model, back))
+        assert f"{ours:.4g}" == f"{theirs:.4g}"
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert len({path.stat().st_mode for path in out.rglob("*")}) <= 1  # who may read one file may read all
+
+
+@pytest.mark.parametrize(("to", "dtype", "kind", "unit"), [
+    ("hf", "bfloat16", ml_dtypes.bfloat16, 2.0**-8), ("gguf", "float16", np.float16, 2.0**-11)])
+def test_narrow_types_round_every_weight_once_to_nearest(tmp_path, to, dtype, kind, unit):
+    model = make(PLAIN)
+    export.export(model, to, tmp_path / "out.gguf", dtype)
+    config, params = convert.from_hf(tmp_path / "out.gguf") if to == "hf" else convert.from_gguf(
+        convert.read_gguf(tmp_path / "out.gguf"))
+    for found, wanted in zip(params["blocks"], model.params["blocks"], strict=True):
+        for name in wanted:
+            value = exact(wanted[name]) if name in llama.LINEARS else wanted[name]
+            assert found[name].dtype == (np.float32 if kind == np.float16 and value.ndim == 1 else kind)
+            gap = np.abs(found[name].astype(np.float64) - value)  # beside what float32 sums are off by
+            assert (gap <= unit * np.abs(value) + 24 * 2.0**-23 * np.abs(value).max()).all()
+    assert params["embed"].dtype == kind
+
+
+@pytest.mark.parametrize(("to", "dtype", "size"), [("hf", "bfloat16", 3.4e38), ("gguf", "float16", 70_000.0)])
+def test_a_weight_too_large_for_the_type_is_named_and_nothing_is_left(tmp_path, to, dtype, size):
+    model = make(PLAIN)
+    down = exact(model.params["blocks"][1]["down"])
+    down[0, 0] = size
+    model.params["blocks"][1]["down"] = down
+    with pytest.raises(ValueError, match=rf"blocks.1.down: .*too large for {dtype}.*--dtype"):
+        export.export(model, to, tmp_path / "out.gguf", dtype)
+    assert not list(tmp_path.iterdir())
+    export.export(model, to, tmp_path / "out.gguf", "float32")
+
+
+# ---- GGUF
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe"])
+def test_a_byte_level_tokenizer_comes_back_from_gguf(tmp_path, pre):
+    special = {"bos_token": "<|end|>", "eos_token": "<|end|>", "chat_template": "{{ messages }}"}
+    model = make(PLAIN, byte_level(pre), special)
+    export.export(model, "gguf", tmp_path / "m.gguf")
+    reader = convert.read_gguf(tmp_path / "m.gguf")
+    fields = tokenizer.contents(reader)
+    assert fields["tokenizer.ggml.pre"] == pre and fields["tokenizer.ggml.model"] == "gpt2"
+    assert len(fields["tokenizer.ggml.tokens"]) == PLAIN.vocab and fields["tokenizer.ggml.tokens"][-1] == "[PAD419]"
+    kinds = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True))
+    assert (kinds["<|end|>"], kinds["<think>"], kinds["[PAD419]"], kinds["a"]) == (3, 4, 5, 1)
+    assert fields["tokenizer.ggml.eos_token_id"] == model.tokenizer.token_to_id("<|end|>")
+    assert not fields["tokenizer.ggml.add_bos_token"]
+    back = convert.load(tmp_path / "m.gguf")
+    assert back.special == special
+    for text in TEXTS:
+        assert back.tokenizer.encode(text).ids == model.tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize(("prefix", "bos"), [(True, True), (False, True), (True, False)])
+def test_a_sentencepiece_tokenizer_comes_back_from_gguf(tmp_path, prefix, bos):
+    model = make(dataclasses.replace(PLAIN, vocab=460), sentencepiece(prefix, bos), {"eos_token": "</s>"})
+    export.export(model, "gguf", tmp_path / "m.gguf")
+    fields = tokenizer.contents(convert.read_gguf(tmp_path / "m.gguf"))
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert fields["tokenizer.ggml.add_bos_token"] == bos and fields["tokenizer.ggml.add_space_prefix"] == prefix
+    back = convert.load(tmp_path / "m.gguf")
+    for text in TEXTS:
+        ids = model.tokenizer.encode(text).ids
+        assert back.tokenizer.encode(text).ids == ids and (ids[:1] == [1]) == bos
+        assert back.tokenizer.decode(ids) == model.tokenizer.decode(ids)
+
+
+def changed(part, value, base=None):
+    raw = json.loads((base or byte_level("gpt-2")).to_str())
+    inner = raw["model"] if part in raw["model"] else raw
+    inner[part] = value(inner[part]) if callable(value) else value
+    return Tokenizer.from_str(json.dumps(raw))
+
+
+NFC, FIRST = {"type": "NFC"}, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+STRIPPED = [{"id": 400, "content": "<mask>", "single_word": False, "lstrip": True, "rstrip": False,
+             "normalized": False, "special": True}]
+TWICE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|end|>", "type_id": 0}}] * 2 + [
+    {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {
+    "<|end|>": {"id": "<|end|>", "ids": [400], "tokens": ["<|end|>"]}}}
+
+
+@pytest.mark.parametrize(("text", "what"), [
+    (changed("normalizer", NFC), "normalizer"), (changed("pre_tokenizer", None), "pre-tokenizer"),
+    (changed("pre_tokenizer", FIRST, sentencepiece()), "pre-tokenizer"), (changed("added_tokens", STRIPPED), "added"),
+    (changed("ignore_merges", True), "options"), (changed("dropout", 0.1), "options"),
+    (changed("merges", []), "without merges"), (changed("post_processor", TWICE), "template"),
+    (changed("merges", lambda all: all[:-1], sentencepiece()), "merges"),
+    (Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "kind, WordLevel"),
+])
+def test_a_tokenizer_that_gguf_has_no_words_for_is_refused_by_part(tmp_path, text, what):
+    with pytest.raises(ValueError, match=f"no words for this tokenizer's.*{what}.*--to hf"):
+        export.export(make(PLAIN, text), "gguf", tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_gguf_refuses_biases_and_foreign_rope_scalings_and_says_what_holds_them(tmp_path):
+    other = dataclasses.replace(CONFIGS["llama3"], rope_scaling=dataclasses.replace(SCALING, high_freq_factor=8.0))
+    for config, what in ((CONFIGS["qwen2"], "biases"), (other, "rope scaling")):
+        with pytest.raises(ValueError, match=f"{what}.*--to hf"):
+            export.export(make(config), "gguf", tmp_path / "m.gguf")
+
+
+def test_rows_of_q_and_k_are_in_ggufs_pairs(tmp_path):
+    """Row 2 i + j of a head in the file is row i + j e / 2 of ours."""
+    model = make(PLAIN)
+    export.export(model, "gguf", tmp_path / "m.gguf")
+    stored = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    ours = np.asarray(DENSE(model.params["blocks"][0]["q"])).reshape(2, 12, 24)
+    theirs = stored["blk.0.attn_q.weight"].reshape(2, 12, 24)
+    assert_close(theirs[:, [0, 1, 2, 11]], ours[:, [0, 6, 1, 11]], 24 * 2.0**-23)
+    assert "rope_freqs.weight" not in stored and stored["output_norm.weight"].dtype == np.float32
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("onnx", "out"), "unknown format 'onnx': choose one of hf, gguf"),
+    (("hf", "out", "float16"), "--to hf is written in float32 or bfloat16, got 'float16'"),
+    (("gguf", "out.gguf", "bfloat16"), "--to gguf is written in float32 or float16"),
+    (("gguf", "out"), "let --out end in .gguf"),
+])
+def test_a_wrong_request_is_answered_with_what_is_possible(tmp_path, arguments, message):
+    to, out, *dtype = arguments
+    with pytest.raises(ValueError, match=message):
+        export.export(make(PLAIN), to, tmp_path / out, *dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_what_is_there_is_never_written_over(tmp_path, to):
+    kept = tmp_path / "kept.gguf"
+    kept.write_text("mine")
+    (tmp_path / "dangling.gguf").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty.gguf").mkdir()
+    for name in ("kept.gguf", "empty.gguf", "dangling.gguf"):
+        with pytest.raises(ValueError, match=f"{name} exists: choose another --out, or remove it"):
+            export.export(make(PLAIN), to, tmp_path / name)
+    assert kept.read_text() == "mine" and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_file_that_cannot_grow_leaves_nothing_behind(tmp_path, to):
+    """A limit on the size of files stands for a full disk."""
+    model, limits = make(PLAIN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="out.gguf: not written, and nothing of it is left .* free some space"):
+            export.export(model, to, tmp_path / "out.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    export.export(model, to, tmp_path / "out.gguf")
+    convert.load(tmp_path / "out.gguf")
+
+
+def test_a_model_is_written_a_part_at_a_time(tmp_path):
+    """Memory for the blocks is that of one file's part, however many there are."""
+    config = dataclasses.replace(PLAIN, layers=24, ffn_dim=1024)
+    layer = {name: np.ones(shape, np.float32) for name, shape in (llama.shapes(config) | llama.vector_shapes(config)
+                                                                  ).items()}
+    block = weights.Block({name: (lambda value=value: value.copy()) for name, value in layer.items()})
+    params = {"embed": np.ones((420, 24), np.float32), "norm": np.ones(24, np.float32),
+              "head": np.ones((420, 24), np.float32), "blocks": [block] * config.layers}
+    model = convert.Model(config, params, byte_level("gpt-2"), "large")
+    one, most = sum(value.nbytes for value in layer.values()), {}
+    writers = {"hf": lambda out: convert.save_hf(out, config, params, shard_bytes=one),
+               "gguf": lambda out: convert.save_gguf(out, model)}
+    for to, write in writers.items():
+        gc.collect()
+        tracemalloc.start()
+        write(tmp_path / to)
+        most[to] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert max(most.values()) < 6 * one, most  # of the 24 blocks
+
+
+# ---- the built-in model
+
+
+@pytest.mark.slow
+def test_smollm2_comes_back_from_gguf_and_from_transformers_with_its_logits_and_tokenizer(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is the other side of this test")
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
+    model = convert.load("smollm2-135m")
+    text = data.load_text("enwiki")[0][:4000]
+    tokens = tokenizer.encode(model.tokenizer, text)[None, :256]
+    expected = np.asarray(forward(model.config, weights.whole(model.params), tokens))
+    export.export(model, "gguf", tmp_path / "m.gguf")
+    back = convert.load(tmp_path / "m.gguf")
+    assert back.special == model.special and "<|im_end|>" == model.special["eos_token"]
+    assert back.tokenizer.encode(text).ids == model.tokenizer.encode(text).ids
+    assert_close(np.asarray(forward(back.config, weights.whole(back.params), tokens)), expected, 1e-6)
+    export.export(model, "hf", tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        assert_close(theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy(), expected, 1e-3)
+    assert theirs.generation_config.eos_token_id == 2
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m")(text)["input_ids"] == back.tokenizer.encode(
+        text).ids

@@ -1,0 +1,381 @@
+"""Fine-tuning: gradients through packed codes, what is trained and what is not, resuming, and what comes out."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from matrices import gaussian, hessian
+from test_compress import weight_files
+
+from caldera_jax import CalderaConfig, apply, artifact, compress_matrix, files, finetune
+from caldera_jax.compress import RunConfig, compress
+from caldera_jax.finetune import Batch, FinetuneConfig, TrainConfig, loosen
+from caldera_jax.linear import CompressedLinear
+from caldera_jax.models import llama, weights
+from caldera_jax.models.data import Tokens
+
+CHEAP = CalderaConfig(rank=4, outer_iterations=2, inner_iterations=1, quantizer="uniform", factor_quantizer="uniform")
+E8P = CalderaConfig(rank=5, outer_iterations=1, inner_iterations=1)
+QUICK = TrainConfig(epochs=2, sign_rate=1e-2, factor_rate=1e-2, validate=3)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a dense model, its text, and it compressed."""
+    folder = tmp_path_factory.mktemp("finetune")
+    text = str(tiny.write_text(folder / "text.txt", 400))
+    model = tiny.write_model(folder / "model", tiny.SQUARE)
+    compress(RunConfig(str(model), CHEAP, Tokens(text, 4, 32), Tokens(text, 6, 32)), folder / "compressed")
+    return folder
+
+
+def settings(place, train=QUICK, windows=22, aside=6):
+    return FinetuneConfig(str(place / "compressed"), train, Tokens(str(place / "text.txt"), windows, 32), aside)
+
+
+# ---- what is trained
+
+
+@pytest.mark.parametrize("config", [CHEAP, E8P, dataclasses.replace(E8P, rotation="orthogonal"),
+                                    dataclasses.replace(CHEAP, rank=0), dataclasses.replace(CHEAP, q_bits=0)], ids=str)
+@pytest.mark.parametrize("ranks", [0, 3, 99])
+def test_a_loosened_layer_computes_what_the_packed_one_does(config, ranks):
+    layer, _ = compress_matrix(jax.random.key(0), gaussian(18, 27), hessian("power", 27), config)
+    x = gaussian(4, 27, 5)
+    rest, free = loosen(layer, True, ranks)
+    again = dataclasses.replace(rest, **free)
+    assert ("left_side" in free) == (config.rotation == "hadamard") and again.rank == layer.rank
+    # the same numbers, but for the order of the k sums and float32's rounding of the factors
+    np.testing.assert_allclose(apply(again, x), apply(layer, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(again.dense(), layer.dense(), rtol=1e-5, atol=1e-6)
+    if ranks and layer.rank:
+        count = min(ranks, layer.rank)
+        assert free["trained"][0].shape == (count, 18) and free["trained"][1].shape == (count, 27)
+        third, more = loosen(again, False, count + 1)  # those trained before are trained again
+        assert len(more["trained"][0]) == min(count + 1, layer.rank)
+        np.testing.assert_allclose(apply(dataclasses.replace(third, **more), x), apply(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_stored_is_counted_in_the_type_that_it_is_stored_in(place):
+    config = settings(place, dataclasses.replace(QUICK, ranks=3, factor_rate=1e-3))
+    row = finetune.finetune(config, place / "bits")
+    before, after = (artifact.load(place / name) for name in ("compressed", "bits"))
+    total = 0
+    for old, new in zip(before.params["blocks"], after.params["blocks"], strict=True):
+        for name in llama.LINEARS:
+            (m, n), was, now = old[name].shape, old[name], new[name]
+            signs = 16 * (m + n) - 8 * (-(-m // 8) + -(-n // 8))
+            packed = 8 * 3 * (was.left_t.codes.shape[1] + was.right.codes.shape[1])
+            assert now.stored_bits == was.stored_bits + signs + 3 * 16 * (m + n) - packed
+            assert now.left_side.dtype == jnp.float16 and now.trained[0].dtype == jnp.bfloat16
+            np.testing.assert_array_equal(now.q.codes, was.q.codes)
+            np.testing.assert_array_equal(now.right.codes, was.right.codes[3:])
+            assert np.any(np.abs(np.asarray(now.left_side, np.float32)) != 1)
+            total += now.stored_bits
+    assert row["bits_per_weight"] == total / row["compressed_weights"]
+    assert row["finetune"][-1]["trained"] == sum(m + n + 3 * (m + n) for m, n in llama.shapes(tiny.SQUARE).values()) * 2
+    assert files.sha256(place / "bits" / artifact.REST) == files.sha256(place / "compressed" / artifact.REST)
+
+
+# ---- gradients
+
+
+def wide(tree):
+    return jax.tree.map(lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A float64 model of two blocks with layers of every kind of grid, and its tokens."""
+    config = dataclasses.replace(tiny.CONFIG, vocab=31, layers=2)
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), llama.init(jax.random.key(3), config, jnp.float64))
+    dense = {**params, "blocks": [dict(block) for block in params["blocks"]]}
+    for block, caldera in zip(params["blocks"], (E8P, dataclasses.replace(CHEAP, rotation="orthogonal")), strict=True):
+        for i, name in enumerate(llama.LINEARS):
+            block[name], _ = compress_matrix(jax.random.key(i), block[name], np.eye(block[name].shape[1]), caldera)
+    tokens = np.random.default_rng(0).integers(0, 31, (4, 9)).astype(np.int32)
+    return config, params, dense, tokens
+
+
+def goals(small):
+    config, params, dense, tokens = small
+    x = llama.embed(config, dense, tokens)
+    for block in dense["blocks"]:
+        x, _ = llama.block(config, block, x, jnp.arange(9))
+    labels, lengths = np.array([0, 1, 2, 1]), np.array([9, 4, 1, 6])
+    return {"distill": Batch(tokens, np.asarray(x)), "text": Batch(tokens),
+            "labels": Batch(tokens, None, labels, lengths)}
+
+
+@pytest.mark.parametrize("goal", ["distill", "text", "labels"])
+def test_gradients_are_slopes_of_the_loss(small, goal):
+    config, params, _, _ = small
+    train = TrainConfig(ranks=2, goal=goal, temperature=1.7, batch=4)
+    model, free = finetune.student(config, params, train, 3)
+    free = wide(free)
+    if goal == "labels":
+        free["classifier"] = jnp.asarray(gaussian(3, config.dim))
+    batch = model.place(goals(small)[goal])
+    loss, gradient = model.gradient(free, batch)
+    assert float(loss) == pytest.approx(float(model.loss(free, batch)), rel=1e-12)
+    step, rng = np.finfo(np.float64).eps ** (1 / 3), np.random.default_rng(1)
+    leaves, structure = jax.tree.flatten(free)
+    slopes = jax.tree.leaves(gradient)
+    assert len(leaves) == len(slopes) > 30
+    for number in rng.choice(len(leaves), 12, replace=False).tolist() + [len(leaves) - 1]:
+        direction = jnp.asarray(rng.standard_normal(leaves[number].shape))
+        moved = [jax.tree.unflatten(structure, leaves[:number] + [leaves[number] + sign * step * direction]
+                                    + leaves[number + 1:]) for sign in (1, -1)]
+        up, down = (float(model.loss(tree, batch)) for tree in moved)
+        expected = float(jnp.sum(slopes[number] * direction))
+        # a central difference errs by the square of the step times third derivatives, and by eps / step
+        assert (up - down) / (2 * step) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_the_losses_are_those_of_the_definitions(small):
+    config, params, dense, tokens = small
+    model, free = finetune.student(config, params, TrainConfig(temperature=2.0, batch=4))
+    logits = np.asarray(llama.forward(config, params, tokens))
+    theirs = np.asarray(llama.forward(config, dense, tokens))
+
+    def softmax(z):
+        z = np.exp(z - z.max(-1, keepdims=True))
+        return z / z.sum(-1, keepdims=True)
+
+    p, q = softmax(theirs / 2), softmax(logits / 2)
+    expected = 4 * np.mean(np.sum(p * np.log(p / q), -1))
+    assert expected > 0.01
+    assert float(model.loss(wide(free), model.place(goals(small)["distill"]))) == pytest.approx(expected, rel=1e-6)
+    text = finetune.student(config, params, TrainConfig(goal="text", batch=4))[0]
+    own = -np.log(np.take_along_axis(softmax(logits)[:, :-1], tokens[:, 1:, None], -1)).mean()
+    assert float(text.loss(wide(free), text.place(Batch(tokens)))) == pytest.approx(own, rel=1e-6)
+    assert float(finetune.soft_loss(jnp.asarray(logits[0]), jnp.asarray(logits[0]), 3.0)) == 0
+
+
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
+    config, params, _, tokens = small
+    found = []
+    for accumulate in (1, 2, 4):
+        train = TrainConfig(goal="text", ranks=1, batch=4, accumulate=accumulate)
+        model, free = finetune.student(config, params, train)
+        found.append(finetune._mean_gradient(model, wide(free), Batch(tokens)))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-12)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradient, found[0][1])
+
+
+def test_a_gradient_holds_less_than_one_dense_layer():
+    """What XLA asks for beside arguments and results, for a layer whose rows are decoded a mebibyte at a time."""
+    n, k = 2048, 16
+    part = lambda rows: finetune.Packed(jax.ShapeDtypeStruct((rows, n // 4), np.uint8),
+                                        jax.ShapeDtypeStruct((1, 1), np.float32))
+    config = CalderaConfig(rank=k, factor_bits=2)
+    grids = (config.q_grid, *config.factor_grids)
+    side = jax.ShapeDtypeStruct((n,), np.float32)
+    layer = CompressedLinear(part(n), part(k), part(k), side, side, (n, n), grids)
+    x = jax.ShapeDtypeStruct((8, n), np.float32)
+
+    def pull(layer, sides, x, pulled):
+        function = lambda sides, x: apply(dataclasses.replace(layer, left_side=sides[0], right_side=sides[1]), x)
+        return jax.vjp(function, sides, x)[1](pulled)
+
+    memory = jax.jit(pull).lower(layer, (side, side), x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * n * n / 2
+
+
+# ---- the optimizer
+
+
+@jax.numpy_dtype_promotion("standard")  # as in _update
+def test_rates_rise_over_the_warm_up_and_fall_as_told():
+    of = lambda kind, step, warmup=0.1: float(finetune.schedule(TrainConfig(schedule=kind, warmup=warmup), 100)(step))
+    for kind in ("linear", "cosine", "constant"):
+        assert of(kind, 0) == pytest.approx(1 / 11) and of(kind, 5) == pytest.approx(6 / 11)
+        assert of(kind, 10) == pytest.approx(1)
+        assert of(kind, 0, 0.0) == 1
+    assert of("linear", 55) == pytest.approx(0.5) and of("linear", 100) == pytest.approx(0, abs=1e-6)
+    assert of("cosine", 55) == pytest.approx(0.5) and of("cosine", 33) == pytest.approx(
+        (1 + np.cos(np.pi * 23 / 90)) / 2)
+    assert of("constant", 99) == 1
+    assert np.isfinite([float(finetune.schedule(TrainConfig(), steps)(0)) for steps in (0, 1, 2)]).all()
+
+
+def test_a_step_is_adamw_with_a_rate_for_signs_and_one_for_factors_and_no_decay_of_signs():
+    train = TrainConfig(sign_rate=1e-2, factor_rate=1e-3, weight_decay=0.5, clip=1e9, schedule="constant", warmup=0.0)
+    free = {"blocks": [{"q": {"left_side": jnp.ones(3), "trained": (jnp.full((1, 3), 2.0), jnp.full((1, 2), -2.0))}}]}
+    gradient = jax.tree.map(lambda a: jnp.full_like(a, 0.3), free)
+    chosen = finetune.optimizer(train, 5)
+    new, _ = finetune._update(chosen, free, chosen.init(free), gradient)
+    of = new["blocks"][0]["q"]
+    np.testing.assert_allclose(of["left_side"], 1 - 1e-2, rtol=1e-6)  # Adam's first step is of size 1
+    np.testing.assert_allclose(of["trained"][0], 2 - 1e-3 * (1 + 0.5 * 2), rtol=1e-6)
+    np.testing.assert_allclose(of["trained"][1], -2 - 1e-3 * (1 - 0.5 * 2), rtol=1e-6)
+
+
+def test_every_window_is_seen_once_an_epoch_in_an_order_of_its_own():
+    train = TrainConfig(batch=4, seed=7)
+    first, second = (np.concatenate(finetune.batches(train, 18, epoch)) for epoch in (0, 1))
+    for order in (first, second):
+        assert len(order) == 16 and len(set(order.tolist())) == 16 and set(order.tolist()) <= set(range(18))
+    assert first.tolist() != second.tolist()
+    np.testing.assert_array_equal(first, np.concatenate(finetune.batches(train, 18, 0)))
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """An uninterrupted training."""
+    return finetune.finetune(settings(place), place / "finished")
+
+
+def test_training_lowers_the_loss_and_the_best_parameters_are_kept(place, finished):
+    row = finished["finetune"][-1]
+    assert row["steps"] == 8 == len(row["losses"]) and len(row["validation"]) == 4
+    assert np.isfinite(row["losses"]).all() and min(row["validation"][1:]) < 0.9 * row["validation"][0]
+    assert row["perplexity"] < row["perplexity_before"] == files.read_json(
+        place / "compressed" / "report.json")["compressed_perplexity"]
+    assert finished["compressed_perplexity"] == row["perplexity"]
+    model = artifact.load(place / "finished")
+    batch, _ = finetune.read(settings(place), model, artifact.read_manifest(place / "finished")["run"]["config"])
+    base = finetune.teacher(artifact.read_manifest(place / "finished")["run"], place)
+    kl = []
+    for window in batch.tokens[-6:]:
+        p, q = (jax.nn.log_softmax(llama.forward(m.config, weights.whole(m.params), window[None])[0])
+                for m in (base, model))
+        kl.append(float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))))
+    # in float32 from float16 signs, as they are stored
+    assert np.mean(kl) == pytest.approx(min(row["validation"]), rel=1e-3)
+
+
+def test_a_training_that_only_harms_keeps_what_was_there(place):
+    row = finetune.finetune(settings(place, dataclasses.replace(QUICK, sign_rate=30.0, epochs=1)), place / "harmed")
+    assert min(row["finetune"][-1]["validation"][1:]) > row["finetune"][-1]["validation"][0]
+    assert row["compressed_perplexity"] == pytest.approx(row["finetune"][-1]["perplexity_before"], rel=1e-6)
+
+
+@pytest.mark.parametrize("train", [QUICK, dataclasses.replace(QUICK, reconstruct=1, epochs=1, ranks=1)],
+                         ids=["", "reconstruction"])
+def test_cut_off_and_started_again_it_ends_with_the_same_bytes(place, finished, tmp_path, monkeypatch, train):
+    whole, expected = place / "finished", finished
+    if train is not QUICK:
+        expected = finetune.finetune(settings(place, train), tmp_path / "whole")
+        whole = tmp_path / "whole"
+    update, calls = finetune._update, []
+
+    def cut(*arguments):
+        calls.append(0)
+        if len(calls) == (5 if train is QUICK else 6):
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_update", cut)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.finetune(settings(place, train), tmp_path / "out")
+    counted = []
+    monkeypatch.setattr(finetune, "_update", lambda *a: counted.append(0) or update(*a))
+    resumed = finetune.finetune(settings(place, train), tmp_path / "out")
+    assert 0 < len(counted) < len(calls) + len(counted) - 1  # something was kept
+    for name in ("losses", "validation", "fits"):
+        np.testing.assert_array_equal(resumed["finetune"][-1][name], expected["finetune"][-1][name])
+    assert weight_files(tmp_path / "out") == weight_files(whole)
+    assert finetune.finetune(settings(place, train), tmp_path / "out") == resumed  # nothing is done again
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_reconstruction_brings_every_block_nearer_to_the_dense_one(place, tmp_path):
+    row = finetune.finetune(settings(place, dataclasses.replace(QUICK, reconstruct=3, epochs=0, ranks=4)), tmp_path)
+    before, after = np.array(row["finetune"][-1]["fits"]).T
+    assert (after < 0.9 * before).all() and row["finetune"][-1]["losses"] == []
+    assert row["compressed_perplexity"] != row["finetune"][-1]["perplexity_before"]
+
+
+def test_a_trained_model_is_trained_again_and_remembers_both(place, finished, tmp_path):
+    config = dataclasses.replace(settings(place, TrainConfig(signs=False, ranks=2, goal="text", epochs=1)),
+                                 source=str(place / "finished"))
+    row = finetune.finetune(config, tmp_path / "out")
+    assert [one["config"]["train"]["goal"] for one in row["finetune"]] == ["distill", "text"]
+    model = artifact.load(tmp_path / "out")
+    layer = model.params["blocks"][0]["q"]
+    assert layer.left_side.dtype == jnp.float16 and len(layer.trained[0]) == 2
+    assert len(artifact.read_manifest(tmp_path / "out")["run"]["finetune"]) == 2
+
+
+def test_classes_of_lines_are_learned(place, tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "lines.jsonl"
+    words = {"yes": "aaaa bb", "no": "zzz yy x"}
+    rows = [{"text": words[label] + str(rng.integers(9)), "label": label} for label in ("yes", "no") * 20]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    train = TrainConfig(goal="labels", epochs=6, factor_rate=3e-2, validate=100)
+    config = FinetuneConfig(str(place / "compressed"), train, Tokens(str(path), 40, 16), 8)
+    row = finetune.finetune(config, tmp_path / "out")["finetune"][-1]
+    assert row["classes"] == ["no", "yes"] and row["validation"][0] == pytest.approx(np.log(2), rel=1e-6)
+    assert row["validation"][-1] < 0.3
+    assert artifact.load(tmp_path / "out").params["classifier"].shape == (2, tiny.SQUARE.dim)
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ('{"text": "a"}', "JSON lines"), ("no json", "JSON lines"), ("", "0 classes"),
+    ('{"text": "a", "label": 1}', "1 classes"),
+    ('{"text": "a", "label": 1}\n{"text": "' + 40 * "long" + '", "label": 2}', "line 2 has 160 tokens"),
+])
+def test_lines_that_are_none_are_refused(place, tmp_path, lines, message):
+    (tmp_path / "lines.jsonl").write_text(lines)
+    config = FinetuneConfig(str(place / "compressed"), TrainConfig(goal="labels"),
+                            Tokens(str(tmp_path / "lines.jsonl"), 40, 16), 8)
+    with pytest.raises(ValueError, match=message):
+        finetune.finetune(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(goal="else"), "one of distill, text, labels"), (dict(schedule="step"), "linear, cosine, constant"),
+    (dict(factor_dtype="int8"), "bfloat16, float32"), (dict(batch=0), "at least 1"), (dict(ranks=-1), "at least 0"),
+    (dict(temperature=0.0), "positive"), (dict(sign_rate=-1.0), "not be negative"), (dict(warmup=1.5), "from 0 to 1"),
+    (dict(batch=4, accumulate=3), "does not divide"), (dict(signs=False), "nothing is trained")])
+def test_settings_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**change)
+
+
+def test_bad_input_is_named(place, finished, tmp_path):
+    with pytest.raises(ValueError, match="no compressed model"):
+        finetune.finetune(dataclasses.replace(settings(place), source=str(tmp_path)), tmp_path / "out")
+    with pytest.raises(ValueError, match="too short"):
+        finetune.finetune(settings(place, windows=9000), tmp_path / "out")
+    with pytest.raises(ValueError, match="exceed the model's context"):
+        finetune.finetune(dataclasses.replace(settings(place), text=Tokens(windows=8, window=999), aside=1), tmp_path)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        finetune.finetune(settings(place, dataclasses.replace(QUICK, epochs=9)), place / "finished")
+    with pytest.raises(ValueError, match="a batch takes"):
+        finetune.finetune(settings(place, windows=8), tmp_path / "few")
+    with pytest.raises(ValueError, match="fewer than all"):
+        settings(place, aside=22)
+    whole = json.loads((place / "finished" / artifact.MANIFEST).read_text())
+    whole["run"]["model_sha256"] = "0"
+    with pytest.raises(ValueError, match="no teacher"):
+        finetune.teacher(whole["run"], tmp_path)
+
+
+def test_devices_that_share_a_batch_find_the_same_losses(place, finished, tmp_path):
+    code = ("import sys, jax; from caldera_jax import finetune as f; from caldera_jax.models.data import Tokens\n"
+            "assert jax.device_count() == 4\n"
+            "t = f.TrainConfig(epochs=2, sign_rate=1e-2, factor_rate=1e-2, validate=3)\n"
+            "f.finetune(f.FinetuneConfig(sys.argv[1], t, Tokens(sys.argv[2], 22, 32), 6), __import__('pathlib').Path("
+            "sys.argv[3]))")
+    done = subprocess.run([sys.executable, "-c", code, str(place / "compressed"), str(place / "text.txt"),
+                           str(tmp_path / "out")], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+    assert done.returncode == 0, done.stderr
+    found = files.read_json(tmp_path / "out" / "report.json")["finetune"][-1]
+    # sums in another order, in float32, and Adam divides by what may be small
+    np.testing.assert_allclose(found["losses"], finished["finetune"][-1]["losses"], rtol=1e-3)
