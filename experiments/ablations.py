@@ -121,12 +121,16 @@ def measure(config: Config) -> Result:
 @cache
 def of_python(model: str, block: int, windows: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """``layers`` with H of program text, ``PYTHON``: the same for one version of Python, which every record holds."""
-    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     with tempfile.TemporaryDirectory() as folder:
-        for module in modules:
-            if text := module.read_text(encoding="utf-8", errors="ignore")[:2000].strip():
-                Path(folder, module.stem).with_suffix(".txt").write_text(text, encoding="utf-8")
+        write_python(Path(folder))
         return layers(model, block, folder, windows)
+
+
+def write_python(folder: Path) -> None:
+    """A text file for each module of ``PYTHON``."""
+    for module in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        if text := module.read_text(encoding="utf-8", errors="ignore")[:2000].strip():
+            Path(folder, module.stem).with_suffix(".txt").write_text(text, encoding="utf-8")
 
 
 class Compared(NamedTuple):
