@@ -106,6 +106,7 @@ from tokenizers import Tokenizer
 from caldera_jax import codebooks, files, report, spread
 from caldera_jax.codebooks import Codebook
 from caldera_jax.linear import CompressedLinear, Packed
+from caldera_jax.models import convert, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Block
@@ -174,7 +175,7 @@ def block_arrays(block: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run: Any) -> None:
     """Write what is not a block's, then the manifest.  ``layers``: path -> ``layer_meta`` of the compressed layers."""
-    files.write_arrays(directory / REST, {name: np.asarray(v) for name, v in model.params.items() if name != "blocks"})
+    files.write_arrays(directory / REST, {name: np.asarray(v) for name, v in weights.rest(model.params).items()})
     files.write(directory / TOKENIZER, model.tokenizer.to_str().encode())
     names = [block_file(i) for i in range(model.config.layers)] + [REST, TOKENIZER]
     manifest = {"format": FORMAT, "model": model.name, "model_config": dataclasses.asdict(model.config),
@@ -242,7 +243,7 @@ def _weight(path: Path, name: str, meta: dict[str, Any] | None) -> np.ndarray | 
 
 def model_bytes(params: Params) -> int:
     """Bytes of every array of a model, compressed or dense."""
-    parts = [{name: value for name, value in params.items() if name != "blocks"}, *params["blocks"]]
+    parts = [weights.rest(params), *params["blocks"]]
     return sum(leaf.nbytes for part in parts for leaf in jax.tree.leaves(dict(part)))
 
 
@@ -256,8 +257,18 @@ def fingerprint(model: Model) -> str:
         mine = owners[index] == spread.rank()
         digests.append(_digest(f"blocks.{index}.", block) if mine else bytes(32))
     rows = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-    rest = _digest("", {name: value for name, value in model.params.items() if name != "blocks"})
+    rest = _digest("", weights.rest(model.params))
     return files.sha256(repr(model.config).encode() + rest + spread.exchange(rows, owners).tobytes())
+
+
+def base(directory: str | Path) -> Model:
+    """The dense model that this one was compressed from; ValueError where that is no longer the same."""
+    run = read_manifest(Path(directory))["run"]
+    found = convert.load(run["config"]["model"])
+    if fingerprint(found) != run["model_sha256"]:
+        raise ValueError(f"{run['config']['model']} is not the model that {directory} was compressed from: its weights "
+                         "have changed since; put those back, or compress again")
+    return found
 
 
 def _digest(prefix: str, arrays: Mapping[str, Any]) -> bytes:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Key
 
 from caldera_jax import hessian, spread
 from caldera_jax.hessian import Moments
-from caldera_jax.models import llama
+from caldera_jax.models import llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
 CHUNK = 2048  # tokens, or one window, whose streams through all blocks ``traces`` keeps at a time
@@ -36,6 +36,14 @@ def _streams(params, tokens):
     return table[tokens].astype(np.promote_types(table.dtype, np.float32))
 
 
+@partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")
+def forward(config: LlamaConfig, block: Mapping[str, Any], x: Float[Array | np.ndarray, "b s d"]
+            ) -> Float[Array, "b s d"]:
+    """The streams that leave a block: compiled once for each shape and structure, not for all blocks in a row."""
+    return llama.block(config, block, x, jnp.arange(x.shape[1]))[0]
+
+
 def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4) -> None:
     """Take the streams through one block, in place, ``batch`` windows at a time."""
     block = dict(block)
@@ -44,7 +52,7 @@ def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, b
         placed = jax.device_put(block)
         for shard in shards:
             for i in range(0, len(shard), batch):
-                shard[i:i + batch] = _forward(config, placed, shard[i:i + batch])
+                shard[i:i + batch] = forward(config, placed, shard[i:i + batch])
 
     spread.on_devices(run, streams)
 
@@ -150,8 +158,8 @@ def _squares(config, params, tokens, key, windows, blocks):
     entering = [_streams(params, tokens[windows])]
     for index in range(config.layers):
         placed = jax.device_put(_dense(params, index))
-        entering.append(np.concatenate([_forward(config, placed, x) for x in split(entering[-1])]))
-    last = jax.device_put({name: value for name, value in params.items() if name != "blocks"})
+        entering.append(np.concatenate([forward(config, placed, x) for x in split(entering[-1])]))
+    last = jax.device_put(weights.rest(params))
     pulled = np.concatenate([_pull_head(config, last, x, jax.random.fold_in(key, i))
                              for i, x in zip(windows, split(entering.pop()), strict=True)])
     for index in reversed(range(config.layers)):
@@ -219,12 +227,6 @@ def read_hessian(path: Path) -> Float[np.ndarray, "n n"]:
     h = np.zeros((n, n), np.float32)
     h[np.tril_indices(n)] = flat
     return h + np.tril(h, -1).T + np.outer(mean, mean)
-
-
-@partial(jax.jit, static_argnums=0)
-@jax.default_matmul_precision("highest")
-def _forward(config, block, x):
-    return llama.block(config, block, x, jnp.arange(x.shape[1]))[0]
 
 
 @partial(jax.jit, static_argnums=0)

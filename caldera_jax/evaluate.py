@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from caldera_jax import calibration, spread
 from caldera_jax.calibration import Streams
-from caldera_jax.models import llama
+from caldera_jax.models import llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
 
@@ -126,7 +126,7 @@ def _each(function: Callable[..., Any], count: int, config: LlamaConfig, models:
 
     On every process; each computes its own windows.
     """
-    last = [{name: value for name, value in params.items() if name != "blocks"} for params in models]
+    last = [weights.rest(params) for params in models]
     dtype = np.promote_types(models[0]["embed"].dtype, np.float32)
     found = np.zeros((len(windows), count, windows.shape[1] - 1), dtype)
 

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from caldera_jax import artifact, calibration, files, hessian, incoherence, kernels, objective
 from caldera_jax.codebooks import Codebook, rounding_error
-from caldera_jax.compress import RunConfig, calibrated, fingerprint, hessians_sha256, recorded
+from caldera_jax.compress import RunConfig, calibrated, hessians_sha256, recorded
 from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import convert, data, llama
+from caldera_jax.models import data, llama
 from caldera_jax.models.convert import Model
 from caldera_jax.run import moments_hash
 
@@ -139,11 +139,7 @@ def opened(directory: Path) -> tuple[dict[str, Any], RunConfig, Model, Model]:
     """
     run = artifact.read_manifest(directory)["run"]
     config: RunConfig = recorded(run["config"])
-    base, compressed = convert.load(config.model), artifact.load(directory)
-    if fingerprint(base) != run["model_sha256"]:
-        raise ValueError(f"{config.model} is not the model that {directory} was compressed from: its weights have "
-                         "changed since; put those back, or compress again")
-    return run, config, base, compressed
+    return run, config, artifact.base(directory), artifact.load(directory)
 
 
 def report_of(directory: Path) -> dict[str, Any]:
@@ -180,10 +176,7 @@ def _hessians(config: RunConfig, run: dict[str, Any], model: Model, chosen: int,
 def _tokens(config: RunConfig, run: dict[str, Any], model: Model) -> np.ndarray:
     """The windows that the run was calibrated on."""
     ours = config.calibration
-    documents = data.load_text(ours.text)
-    if ours.text == config.evaluation.text:
-        documents, _ = data.split(documents)
-    tokens = data.token_windows(model.tokenizer, documents, ours.window, ours.windows, "calibration")
+    tokens = data.windows_beside(model.tokenizer, ours, config.evaluation.text, "calibration")
     if files.sha256(tokens) != run["calibration_sha256"]:
         raise ValueError(f"the calibration text {ours.text!r} has changed since the run: put the old one back, or give "
                          "--moments the directory of the run's Moments")

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import convert, tokenizer
+from caldera_jax import linear
+from caldera_jax.models import convert, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import Params
 from caldera_jax.models.weights import Block
@@ -61,21 +60,14 @@ def dense(params: Params, dtype) -> Params:
     Float16 has vectors (gains and biases, of which a model has few) in float32, as GGUF files do.  Raises ValueError,
     naming the weight, where one is too large for ``dtype``.
     """
-    rest = {name: _cast(name, value, dtype) for name, value in params.items() if name != "blocks"}
+    rest = {name: _cast(name, value, dtype) for name, value in weights.rest(params).items()}
     blocks = [Block({name: partial(_weight, block, name, f"blocks.{i}.{name}", dtype) for name in block})
               for i, block in enumerate(params["blocks"])]
     return rest | {"blocks": blocks}
 
 
 def _weight(block, name, path, dtype):
-    weight = block[name]
-    return _cast(path, _dense(weight) if isinstance(weight, CompressedLinear) else weight, dtype)
-
-
-@jax.jit
-@jax.default_matmul_precision("highest")
-def _dense(layer):
-    return layer.dense()
+    return _cast(path, linear.dense(block[name]), dtype)
 
 
 def _cast(path, weight, dtype):

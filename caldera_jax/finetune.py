@@ -26,9 +26,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from caldera_jax import artifact, evaluate, files, report
+from caldera_jax import artifact, calibration, evaluate, files, report
 from caldera_jax.linear import CompressedLinear, Packed
-from caldera_jax.models import convert, data, llama, tokenizer, weights
+from caldera_jax.models import data, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.data import Tokens
 from caldera_jax.models.llama import LlamaConfig, Params
@@ -49,10 +49,10 @@ class TrainConfig:
     token's negative log-likelihood; "labels", a window's class from a linear head on its last stream.
     reconstruct: epochs of fitting each block's output to the dense model's, block after block, before all are trained
     together.
-    batch windows a step, in ``accumulate`` parts; AdamW with weight decay on the factors alone, gradients clipped to
-    the norm ``clip``, rates by ``schedule`` to zero after a share ``warmup`` of warm-up.
-    validate, keep: after so many steps, and at the end, the loss on the validation windows; the best parameters are
-    kept.  Checkpoint: as often.
+    batch windows a step, in ``accumulate`` parts; AdamW without weight decay of signs, gradients clipped to the norm
+    ``clip``, rates by ``schedule`` to zero after a share ``warmup`` of warm-up.
+    validate: after so many steps, and at the end, the loss on the validation windows is taken, the best parameters
+    are kept, and the state is written.
     """
 
     signs: bool = True
@@ -146,12 +146,6 @@ def stored(free: Free, factor_dtype: str) -> Free:
 
 @partial(jax.jit, static_argnums=0)
 @jax.default_matmul_precision("highest")
-def _forward(config, block, free, x):
-    return llama.block(config, join(block, free), x, jnp.arange(x.shape[1]))[0]
-
-
-@partial(jax.jit, static_argnums=0)
-@jax.default_matmul_precision("highest")
 def _pull(config, block, free, x, pulled):
     """Gradients with respect to ``free`` and to x, from that of the block's output."""
     return jax.vjp(lambda free, x: llama.block(config, join(block, free), x, jnp.arange(x.shape[1]))[0], free, x)[1](
@@ -182,7 +176,7 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else part[rows] for part in self))
 
 
-def soft_loss(teacher: Float[Array, "s v"], student: Float[Array, "s v"], temperature: float) -> Float[Array, ""]:
+def soft_loss(teacher: Float[Array, "*b v"], student: Float[Array, "*b v"], temperature: float | Array) -> Float[Array, ""]:
     """T² KL(softmax(teacher / T) ‖ softmax(student / T)), mean over tokens, nats (arXiv 1503.02531)."""
     p, q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
@@ -233,7 +227,7 @@ class Student(NamedTuple):
         """What enters each block, and what leaves the last."""
         found = [llama.embed(self.config, self.last, batch.tokens)]
         for block, own in zip(self.blocks, free["blocks"], strict=True):
-            found.append(_forward(self.config, block, own, found[-1]))
+            found.append(calibration.forward(self.config, join(block, own), found[-1]))
         return found
 
     def loss(self, free: Free, batch: Batch) -> Array:
@@ -272,12 +266,11 @@ def student(config: LlamaConfig, params: Params, train: TrainConfig, classes: in
     if not any(free) and train.goal != "labels":
         raise ValueError("no layer has anything to train: the model is dense, or was compressed without rotation "
                          "(signs) and at rank 0 (ranks)")
-    last = {name: value for name, value in params.items() if name != "blocks"}
     everywhere = partial(jax.device_put, device=NamedSharding(mesh, P()))
     found: Free = {"blocks": free}
     if train.goal == "labels":
         found["classifier"] = jnp.zeros((classes, config.dim), jnp.float32)
-    return Student(config, train, mesh, everywhere(last), everywhere(blocks)), everywhere(found)
+    return Student(config, train, mesh, everywhere(weights.rest(params)), everywhere(blocks)), everywhere(found)
 
 
 # ---- the optimizer
@@ -292,6 +285,7 @@ def schedule(train: TrainConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(1 / (warm + 1), 1.0, warm), after], [warm]) if warm else after
 
 
+@cache  # jit knows it again
 def optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformation:
     """AdamW on clipped gradients, signs at ``sign_rate``, factors and classifier at ``factor_rate``; weight decay on
     the latter alone: a sign that decays to 0 would take its channel with it."""
@@ -356,9 +350,6 @@ def _update(chosen, free, moments, gradient):
     return optax.apply_updates(free, updates), moments
 
 
-_optimizer = cache(optimizer)
-
-
 def batches(train: TrainConfig, windows: int, epoch: int) -> list[Int[np.ndarray, " batch"]]:
     """The windows of each step of an epoch, in an order drawn anew; those that fill no batch are left out."""
     order = np.random.default_rng([train.seed, epoch]).permutation(windows)
@@ -382,7 +373,7 @@ def fit(model: Student, free: Free, data: Batch, aside: Batch, folder: Path | No
     per_epoch = count // train.batch
     steps = train.epochs * per_epoch
     points = 1 + -(-steps // train.validate)
-    chosen = _optimizer(train, steps)
+    chosen = optimizer(train, steps)
     empty = lambda *shape: np.full(shape, np.nan)
     keeper = Keeper(folder)
     state = keeper.restore(State(np.asarray(-1), free, chosen.init(free), free, empty(steps), empty(points),
@@ -414,12 +405,10 @@ def fit(model: Student, free: Free, data: Batch, aside: Batch, folder: Path | No
 
 def _mean_gradient(model, free, batch) -> tuple[float, Free]:
     """Of a batch, a part at a time."""
-    parts = [model.place(batch[rows]) for rows in np.split(np.arange(len(batch.tokens)), model.train.accumulate)]
-    found = [model.gradient(free, parts[0])]
-    for part in parts[1:]:
-        loss, gradient = model.gradient(free, part)
-        found = [(found[0][0] + loss, jax.tree.map(jnp.add, found[0][1], gradient))]
-    (loss, gradient), = found
+    parts = np.split(np.arange(len(batch.tokens)), model.train.accumulate)
+    loss, gradient = model.gradient(free, model.place(batch[parts[0]]))
+    for rows in parts[1:]:
+        loss, gradient = jax.tree.map(jnp.add, (loss, gradient), model.gradient(free, model.place(batch[rows])))
     return float(loss) / len(parts), jax.tree.map(lambda a: a / len(parts), gradient)
 
 
@@ -440,13 +429,13 @@ def _reconstruct(model: Student, state: State, data: Batch, dense, keeper: Keepe
     done = int(np.isfinite(state.fits[:, 1]).sum())
     for index, block in enumerate(tqdm(model.blocks, "reconstruct", unit="block")):
         own = state.free["blocks"][index]
-        target = each(partial(_forward, model.config, jax.tree.map(jnp.asarray, dict(dense[index])), {}), target)
+        target = each(partial(calibration.forward, model.config, jax.device_put(dict(dense[index]))), target)
         if index >= done:
             own, state.fits[index] = _fit_block(model, block, own, entering, target)
             free = state.free["blocks"][:index] + [own] + state.free["blocks"][index + 1:]
             state = state._replace(free={**state.free, "blocks": free})
             keeper.save(index + 1, state)
-        entering = each(partial(_forward, model.config, block, own), entering)
+        entering = each(partial(calibration.forward, model.config, join(block, own)), entering)
     return state
 
 
@@ -454,7 +443,7 @@ def _fit_block(model: Student, block, free, entering, target) -> tuple[dict[str,
     """What is trained of one block, and its relative squared error before and after."""
     train = model.train
     epochs = [batches(train, len(entering), epoch) for epoch in range(train.reconstruct)]
-    chosen = _optimizer(train, sum(map(len, epochs)))
+    chosen = optimizer(train, sum(map(len, epochs)))
     error = lambda free: float(np.mean([_fit(model.config, block, free, entering[rows], target[rows])[0]
                                         for rows in epochs[0]]))
     before, moments = error(free), chosen.init(free)
@@ -497,7 +486,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     """
     source, train = Path(config.source), config.train
     before, model = artifact.read_manifest(source)["run"], artifact.load(source)
-    base = teacher(before, source) if train.goal == "distill" or train.reconstruct else None
+    base = artifact.base(source) if train.goal == "distill" or train.reconstruct else None
     batch, classes = read(config, model, before["config"])
     own = {"config": report.plain(config), "source_sha256": files.sha256(source / artifact.MANIFEST),
            "data_sha256": [files.sha256(part) for part in batch if part is not None]}
@@ -526,15 +515,6 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     return run.finish(partial(_summary, config, origin, clock, run, source, value, trained))
 
 
-def teacher(run: dict[str, Any], source: Path) -> Model:
-    """The dense model that ``source`` was compressed from; ValueError where it is no longer the same."""
-    base = convert.load(run["config"]["model"])
-    if artifact.fingerprint(base) != run["model_sha256"]:
-        raise ValueError(f"{run['config']['model']} is not the model that {source} was compressed from, and so no "
-                         "teacher for it: put its weights back, or train with goal text")
-    return base
-
-
 def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Batch, list[str]]:
     """Windows to train on and, after them, to validate on; and the names of the classes."""
     text = config.text
@@ -542,11 +522,12 @@ def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Bat
         raise ValueError(f"windows of {text.window} tokens exceed the model's context {model.config.context}: shorten "
                          "them")
     if config.train.goal == "labels":
-        return labelled(model, Path(text.text), text.window)
-    documents = data.load_text(text.text)
-    if text.text == run["evaluation"]["text"]:
-        documents, _ = data.split(documents)
-    return Batch(data.token_windows(model.tokenizer, documents, text.window, text.windows, "training")), []
+        batch, classes = labelled(model, Path(text.text), text.window)
+        if len(batch.tokens) <= config.aside:
+            raise ValueError(f"{text.text}: {len(batch.tokens)} lines, and the last {config.aside} are for validation: "
+                             "give more, or put fewer aside")
+        return batch, classes
+    return Batch(data.windows_beside(model.tokenizer, text, run["evaluation"]["text"], "calibration")), []
 
 
 def labelled(model: Model, path: Path, window: int) -> tuple[Batch, list[str]]:
@@ -570,24 +551,18 @@ def labelled(model: Model, path: Path, window: int) -> tuple[Batch, list[str]]:
                  ), classes
 
 
-def last_streams(model: Model, tokens: Int[np.ndarray, "w s"], batch: int = 4) -> Float[np.ndarray, "w s d"]:
+def last_streams(model: Model, tokens: Int[np.ndarray, "w s"]) -> Float[np.ndarray, "w s d"]:
     """What leaves the last block, a block in memory at a time."""
-    last = {name: value for name, value in model.params.items() if name != "blocks"}
-    x = np.asarray(llama.embed(model.config, last, tokens))
+    streams = calibration.embed(model.params, tokens)
     for block in tqdm(model.params["blocks"], "teacher", unit="block", leave=False):
-        placed = jax.tree.map(jnp.asarray, dict(block))
-        x = np.concatenate([np.asarray(_forward(model.config, placed, {}, jnp.asarray(x[i:i + batch])))
-                            for i in range(0, len(x), batch)])
-    return x
+        calibration.run_block(model.config, block, streams)
+    return np.concatenate([shard for device in streams for shard in device])  # of one process: in order
 
 
 def held_out(model: Model, run: dict[str, Any]) -> Int[np.ndarray, "w s"]:
     """The windows that the run was evaluated on."""
-    text, theirs = run["calibration"]["text"], run["evaluation"]
-    documents = data.load_text(theirs["text"])
-    if theirs["text"] == text:
-        _, documents = data.split(documents)
-    return data.token_windows(model.tokenizer, documents, theirs["window"], theirs["windows"], "evaluation")
+    theirs = Tokens(**{name: run["evaluation"][name] for name in ("text", "windows", "window")})
+    return data.windows_beside(model.tokenizer, theirs, run["calibration"]["text"], "evaluation")
 
 
 def _kept(run: Run, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:

@@ -20,9 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt32
 from tokenizers import Tokenizer
 
-from caldera_jax import artifact, report
-from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import convert, llama
+from caldera_jax import artifact, linear, report
+from caldera_jax.models import convert, llama, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LINEARS, LlamaConfig, Params
 
@@ -119,9 +118,9 @@ def complete(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int
 
 def place(params: Params, dense: bool = False) -> Params:
     """The weights on the device, read block by block; ``dense``: packed ones put together as dense matrices."""
-    take = lambda w: _dense(w) if dense and isinstance(w, CompressedLinear) else jax.device_put(w)
+    take = lambda w: jax.device_put(linear.dense(w) if dense else w)
     blocks = [{name: take(weight) for name, weight in block.items()} for block in params["blocks"]]
-    return jax.device_put({name: w for name, w in params.items() if name != "blocks"}) | {"blocks": blocks}
+    return jax.device_put(weights.rest(params)) | {"blocks": blocks}
 
 
 def _steps(config, params, prompts, sampling, ends):
@@ -132,7 +131,7 @@ def _steps(config, params, prompts, sampling, ends):
     for row, prompt in zip(tokens, prompts, strict=True):
         row[:len(prompt)] = prompt
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    last, key = {name: w for name, w in params.items() if name != "blocks"}, jax.random.key(sampling.seed)
+    last, key = weights.rest(params), jax.random.key(sampling.seed)
     capacity, dtype = _capacity(config, lengths, sampling), np.promote_types(last["embed"].dtype, np.float32)
     caches = [llama.empty_cache(config, len(prompts), capacity, dtype) for _ in params["blocks"]]
     ended = np.zeros(len(prompts), bool)
@@ -158,11 +157,6 @@ def _capacity(config, lengths, sampling):
 
 def _rounded(length) -> int:
     return -(-int(length) // ROUND) * ROUND
-
-
-@jax.jit
-def _dense(weight):
-    return weight.dense()
 
 
 @partial(jax.jit, static_argnums=0)

@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from caldera_jax import generate, report
-from caldera_jax.models import llama
+from caldera_jax import calibration, generate, report
+from caldera_jax.models import llama, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LlamaConfig, Params
-from caldera_jax.models.weights import whole
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -127,7 +126,7 @@ class CalderaLM(TemplateLM):
         self.config, self.encoding = model.config, model.tokenizer
         self.special = {role: text for role, text in model.special.items()
                         if model.tokenizer.token_to_id(text) is not None}
-        self.params = jax.device_put(whole(model.params))
+        self.params = jax.device_put(weights.whole(model.params))
         self.max_length = context or model.config.context
 
     @property
@@ -201,7 +200,7 @@ def score(config: LlamaConfig, params: Params, rows: Sequence[Sequence[int]], lo
     Rows may differ in length, up to ``longest`` + 1; ``params`` in memory.  Padding on the right changes nothing, as
     attention is causal.  Raises ValueError for logits that are not finite.
     """
-    last, found = _last(params), [None] * len(rows)
+    last, found = weights.rest(params), [None] * len(rows)
     with tqdm(total=len(rows), desc="score", disable=quiet) as progress:
         for members, tokens in batches(rows, longest):
             x = _hidden(config, params, tokens[:, :-1])
@@ -249,25 +248,15 @@ def _power_of_two(least):
     return 1 << (least - 1).bit_length()
 
 
-def _last(params):
-    return {name: value for name, value in params.items() if name != "blocks"}
-
-
 def _hidden(config, params, tokens):
-    """The residual streams that leave the last block; one block is compiled for each shape, not all in a row."""
-    x = _embed(config, _last(params), tokens)
+    """The residual streams that leave the last block."""
+    x = _embed(config, weights.rest(params), tokens)
     for block in params["blocks"]:
-        x = _block(config, block, x)
+        x = calibration.forward(config, block, x)
     return x
 
 
 _embed = jax.jit(llama.embed, static_argnums=0)
-
-
-@partial(jax.jit, static_argnums=0)
-@jax.default_matmul_precision("highest")
-def _block(config, block, x):
-    return llama.block(config, block, x, jnp.arange(x.shape[1]))[0]
 
 
 @partial(jax.jit, static_argnums=0)

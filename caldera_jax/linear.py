@@ -87,6 +87,17 @@ class CompressedLinear:
         return incoherence.undo(self.sides(self.dtype), low_rank if q is None else q + low_rank)
 
 
+def dense(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarray:
+    """The matrix of a weight: that of a compressed one in a compiled program, any other as it is."""
+    return _dense(weight) if isinstance(weight, CompressedLinear) else weight
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _dense(weight):
+    return weight.dense()
+
+
 def _decode(grid, part, width):
     if part is None:
         return None

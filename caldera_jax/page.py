@@ -160,10 +160,7 @@ def read_text(directory: Path) -> TextFacts:
     """
     run, config, base, compressed = explain.opened(directory)
     theirs = config.evaluation
-    documents = data.load_text(theirs.text)
-    if theirs.text == config.calibration.text:
-        _, documents = data.split(documents)
-    tokens = data.token_windows(base.tokenizer, documents, theirs.window, theirs.windows, "evaluation")
+    tokens = data.windows_beside(base.tokenizer, theirs, config.calibration.text, "evaluation")
     if files.sha256(tokens) != run["evaluation_sha256"]:
         raise ValueError(f"the evaluation text {theirs.text!r} has changed since the run: put the old one back")
     windows = tokens[:WINDOWS]

@@ -77,6 +77,12 @@ def verdict(results: Sequence[Result]) -> str:
                 decided = f" ({decide(ratio)}, below 1 in {sum(x < 1 for x in ratio)} of {len(ratio)} seeds)"
                 each.append(f"{rule} {with_interval(ratio)}" + (decided if len(ratio) > 1 else ""))
         lines.append(f"{model}, {bits:g} bits, uniform {np.mean(uniform):.2f}; perplexity over it: {', '.join(each)}.")
+        if rows := cell(results, model, "gradient", bits):
+            share = [sum(layer["predicted_loss"] for layer in r["layers"])
+                     / np.log(r["compressed_perplexity"] / r["base_perplexity"]) for r in rows]
+            low_rank = [sum(layer["rank"] > 0 for layer in r["layers"]) for r in rows]
+            lines.append(f"{model}, {bits:g} bits, gradient: predicted {min(share):.2f} to {max(share):.2f} of the "
+                         f"nats lost; L R on {min(low_rank)} to {max(low_rank)} of {len(rows[0]['layers'])} layers.")
     used = [r["bits_per_weight"] / r["config"]["bits"] for r in results if r["config"]["rule"] != "uniform"]
     lines.append(f"Of the budget {min(used):.2%} to {max(used):.2%} is used.")
     return "\n  ".join(lines)

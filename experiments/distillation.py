@@ -25,6 +25,7 @@ from jax import Array
 from machinery import Experiment, Result, axes, decide, with_interval
 
 from caldera_jax import CalderaConfig, compress_matrix, evaluate
+from caldera_jax.finetune import soft_loss
 from caldera_jax.models import llama
 
 # method, settings, what is trained
@@ -59,12 +60,6 @@ def runs(preset: str) -> list[Config]:
         return [Config("tiny-smoke", name, 1e-2, 4, 2, 32, 2.0, 4, 0) for name in ("low rank", "pruning")]
     return [Config("tiny", name, rate, 100, 4, 256, 2.0, 32, seed)
             for name in STUDENTS for rate in (3e-4, 1e-3, 3e-3) for seed in range(3)]
-
-
-def soft_loss(teacher: Array, student: Array, temperature: float) -> Array:
-    """T² KL(softmax(teacher / T) ‖ softmax(student / T)), mean over tokens, nats (arXiv 1503.02531)."""
-    p, q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
-    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
 
 
 def parts(config: Config) -> tuple[list[dict[str, dict[str, Array]]], list[dict[str, dict[str, Array]]], float]:

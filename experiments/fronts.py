@@ -137,21 +137,39 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def against_q_alone(model: str, results: Sequence[Result]) -> list[str]:
-    """Each L R beside Q over the hull of E8P alone at the same bits, paired by seed."""
+    """Each L R beside Q over E8P alone at the same bits, paired by seed, by two estimates of the latter.
+
+    Mixed: on the hull, as layers of two widths have it.  Bent: what is lost is geometric between the measured bits, as
+    the curve itself bends, and nothing beyond the last of them; a grid of just these bits might reach it.
+    """
     ours = [r for r in results if r["config"]["model"] == model and r["family"] not in ASIDE]
     lost = lambda r: float(np.mean(r["losses"]) - np.mean(r["base_losses"]))
-    alone = {seed: hull([(r["bits"], lost(r)) for r in ours if r["config"]["method"] == "e8p" and r["seed"] == seed])
+    alone = {seed: sorted((r["bits"], lost(r)) for r in ours if r["config"]["method"] == "e8p" and r["seed"] == seed)
              for seed in {r["seed"] for r in ours}}
-    found: dict[str, list[float]] = {}
-    for r in ours:
-        if r["family"] == "both" and len(alone[r["seed"]]) > 1 and r["bits"] >= alone[r["seed"]][0][0]:
-            at = float(np.interp(r["bits"], *zip(*alone[r["seed"]], strict=True)))
-            found.setdefault(f"{label(r)} ({r['bits']:.2f} bits)", []).append(float(np.exp(lost(r) - at)))
-    words: dict[str, list[str]] = {}
-    for name, ratios in found.items():
-        words.setdefault(decide(ratios), []).append(f"{name} {with_interval(ratios)}")
-    return [f"{model}, perplexity over that of E8P alone, mixed of 2, 3, 4 and 16 bits to the same size: " + "; ".join(
-        f"{word} for {', '.join(each)}" for word, each in words.items()) + "."] if words else []
+
+    def mixed(bits, points):
+        return float(np.interp(bits, *zip(*hull(points), strict=True)))
+
+    def bent(bits, points):
+        known, losses = zip(*points, strict=True)
+        return float(np.exp(np.interp(bits, known, np.log(np.maximum(losses, 1e-9))))) if bits <= known[-1] else 0.0
+
+    lines = []
+    for words, estimate in (("mixed of 2, 3, 4 and 16 bits to the same size", mixed),
+                            ("as its curve bends", bent)):
+        found: dict[str, list[float]] = {}
+        for r in ours:
+            points = alone[r["seed"]]
+            if r["family"] == "both" and points and r["bits"] >= points[0][0]:
+                found.setdefault(f"{label(r)} ({r['bits']:.2f} bits)", []).append(
+                    float(np.exp(lost(r) - estimate(r["bits"], points))))
+        sides: dict[str, list[str]] = {}
+        for name, ratios in found.items():
+            sides.setdefault(decide(ratios), []).append(f"{name} {with_interval(ratios)}")
+        if sides:
+            lines.append(f"{model}, perplexity over that of E8P alone, {words}: " + "; ".join(
+                f"{side} for {', '.join(each)}" for side, each in sides.items()) + ".")
+    return lines
 
 
 def saved(error: float, bits: float, alone: Sequence[tuple[float, float]]) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from caldera_jax import calibration, compress, files, report
+from caldera_jax import artifact, calibration, files, report
 from caldera_jax.models import convert, data
 
 HERE = Path(__file__).parent
@@ -170,7 +170,7 @@ def model(name: str) -> convert.Model:
 @cache
 def fingerprint(name: str) -> str:
     """SHA-256 of the model's configuration and weights."""
-    return compress.fingerprint(model(name))
+    return artifact.fingerprint(model(name))
 
 
 @cache

@@ -246,7 +246,7 @@ def test_training_lowers_the_loss_and_the_best_parameters_are_kept(place, finish
     assert finished["compressed_perplexity"] == row["perplexity"]
     model = artifact.load(place / "finished")
     batch, _ = finetune.read(settings(place), model, artifact.read_manifest(place / "finished")["run"]["config"])
-    base = finetune.teacher(artifact.read_manifest(place / "finished")["run"], place)
+    base = artifact.base(place / "finished")
     kl = []
     for window in batch.tokens[-6:]:
         p, q = (jax.nn.log_softmax(llama.forward(m.config, weights.whole(m.params), window[None])[0])
@@ -326,6 +326,7 @@ def test_classes_of_lines_are_learned(place, tmp_path):
 @pytest.mark.parametrize(("lines", "message"), [
     ('{"text": "a"}', "JSON lines"), ("no json", "JSON lines"), ("", "0 classes"),
     ('{"text": "a", "label": 1}', "1 classes"),
+    ("\n".join(f'{{"text": "a", "label": {i}}}' for i in range(8)), "8 lines, and the last 8 are for validation"),
     ('{"text": "a", "label": 1}\n{"text": "' + 40 * "long" + '", "label": 2}', "line 2 has 160 tokens"),
 ])
 def test_lines_that_are_none_are_refused(place, tmp_path, lines, message):
@@ -362,8 +363,9 @@ def test_bad_input_is_named(place, finished, tmp_path):
         settings(place, aside=22)
     whole = json.loads((place / "finished" / artifact.MANIFEST).read_text())
     whole["run"]["model_sha256"] = "0"
-    with pytest.raises(ValueError, match="no teacher"):
-        finetune.teacher(whole["run"], tmp_path)
+    (tmp_path / artifact.MANIFEST).write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="is not the model that .* was compressed from"):
+        artifact.base(tmp_path)
 
 
 def test_devices_that_share_a_batch_find_the_same_losses(place, finished, tmp_path):

@@ -60,8 +60,17 @@ def test_l_r_is_judged_against_q_alone_mixed_to_its_size_and_by_seed(lost, word)
              for seed in range(3)]
     ours = [result("caldera", 2.5, lost + 0.01 * seed, seed, settings=[("rank", 8)], family="both")
             for seed in range(3)]
-    (line,) = fronts.against_q_alone("tiny", [*alone, *ours])
+    line, _ = fronts.against_q_alone("tiny", [*alone, *ours])
     assert f": {word} for caldera, k = 8 (2.50 bits) {np.exp(lost - 0.3):.3f} ± 0.000" in line
+
+
+@pytest.mark.parametrize(("bits", "lost", "word", "at"), [
+    (2.5, 0.29, "undecided", 0.08**0.5), (3.5, 0.2, "higher", 0.0), (3.0, 0.15, "lower", 0.2)])
+def test_the_second_estimate_of_q_alone_is_geometric_and_nothing_is_lost_beyond_it(bits, lost, word, at):
+    alone = [result("e8p", b, y, seed, settings=[("bits", b)]) for b, y in ((2, 0.4), (3, 0.2)) for seed in range(3)]
+    ours = [result("caldera", bits, lost, seed, settings=[("rank", 8)], family="both") for seed in range(3)]
+    _, line = fronts.against_q_alone("tiny", [*alone, *ours])
+    assert f"bends: {word} for caldera, k = 8 ({bits:.2f} bits) {np.exp(lost - at):.3f} ± 0.000" in line
 
 
 def test_l_r_that_only_matches_q_alone_at_its_bits_saves_none_and_a_lower_error_saves_some():
@@ -121,7 +130,8 @@ def test_committed_bits_never_depend_on_the_seed(name):
 def budgeted(rule, perplexity, seed):
     """What a run of the allocation records."""
     return {"config": {"model": "tiny", "rule": rule, "bits": 2.3}, "seed": seed, "bits_per_weight": 2.299,
-            "compressed_perplexity": perplexity}
+            "compressed_perplexity": perplexity, "base_perplexity": 20.0,
+            "layers": [{"rank": rank, "predicted_loss": 0.1} for rank in (0, 8)]}
 
 
 @pytest.mark.parametrize(("factor", "word"), [(0.9, "lower"), (1.1, "higher"), (1.001, "undecided")])
@@ -129,6 +139,9 @@ def test_a_rule_is_compared_with_uniform_sizes_of_its_own_seed(factor, word):
     uniform = [30.0, 33.0, 27.0]
     rows = [budgeted("uniform", u, seed) for seed, u in enumerate(uniform)]
     rows += [budgeted("gradient", factor * u, seed) for seed, u in enumerate(uniform)]
+    nats = [np.log(factor * u / 20) for u in uniform]
+    assert (f"predicted {min(0.2 / x for x in nats):.2f} to {max(0.2 / x for x in nats):.2f} of the nats lost; L R on "
+            "1 to 1 of 2 layers") in allocation.verdict(rows)
     found = f"gradient {factor:.3f} ± 0.000 ({word}, below 1 in {3 * (factor < 1)} of 3 seeds)"
     assert found in allocation.verdict(rows)
 

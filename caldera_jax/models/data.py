@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -135,6 +135,15 @@ def token_windows(
                 f"{needed}. Ask for at most {len(tokens) // window} windows, shorten them, or give more text"
             )
         size *= 2
+
+
+def windows_beside(tokenizer: Tokenizer, text: Tokens, other: str,
+                   part: Literal["calibration", "evaluation"]) -> Int32[np.ndarray, "count window"]:
+    """Windows of a text; where ``other`` is the same text, of this part of it (``split``)."""
+    documents = load_text(text.text)
+    if text.text == other:
+        documents = split(documents)[part == "evaluation"]
+    return token_windows(tokenizer, documents, text.window, text.windows, part)
 
 
 # ---- built-ins

@@ -36,6 +36,11 @@ class Block(Mapping):
         return len(self._read)
 
 
+def rest(params: Params) -> Params:
+    """The params without the blocks: embedding, last norm, and what else there is."""
+    return {name: value for name, value in params.items() if name != "blocks"}
+
+
 def whole(params: Params) -> Params:
     """The params with every block in memory, as a pytree."""
     return params | {"blocks": [dict(block) for block in params["blocks"]]}
@@ -60,10 +65,10 @@ def assemble(config: LlamaConfig, names: dict[str, str], tensors: dict[str, Tens
 
     parts = llama.shapes(config) | llama.vector_shapes(config)
     table = (config.vocab, config.dim)
-    rest = {"embed": take("embed", table), "norm": take("norm", (config.dim,))}
-    rest |= {} if config.tied else {"head": take("head", table)}
+    others = {"embed": take("embed", table), "norm": take("norm", (config.dim,))}
+    others |= {} if config.tied else {"head": take("head", table)}
     blocks = [Block({p: take(p, shape, i) for p, shape in parts.items()}) for i in range(config.layers)]
     if tensors:
         names = ", ".join(sorted(tensors)[:5])
         raise ValueError(f"{source}: {len(tensors)} tensors that this architecture does not use: {names}, ...")
-    return {name: read() for name, read in rest.items()} | {"blocks": blocks}
+    return {name: read() for name, read in others.items()} | {"blocks": blocks}
