@@ -176,7 +176,8 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else part[rows] for part in self))
 
 
-def soft_loss(teacher: Float[Array, "*b v"], student: Float[Array, "*b v"], temperature: float | Array) -> Float[Array, ""]:
+def soft_loss(teacher: Float[Array, "*b v"], student: Float[Array, "*b v"],
+              temperature: float | Array) -> Float[Array, ""]:
     """T² KL(softmax(teacher / T) ‖ softmax(student / T)), mean over tokens, nats (arXiv 1503.02531)."""
     p, q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
