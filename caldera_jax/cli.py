@@ -37,7 +37,7 @@ PRESETS = {
 }
 
 TRAININGS = {
-    # A minute: a few windows of a few tokens.
+    # Two steps of a few windows of a few tokens: most of the time is compiling.
     "smoke": FinetuneConfig("", TrainConfig(validate=2), Tokens(windows=12, window=64), aside=4),
     # The authors' RHT stage: signs alone, to the dense model's soft targets; how many epochs is not known.
     "signs": FinetuneConfig("", TrainConfig(sign_rate=1e-3), Tokens(windows=256, window=512), aside=64),
@@ -250,7 +250,7 @@ def finetune(directory: Directory, out: Path,
     Args:
         directory: of the compressed model.
         out: directory for the trained one; must be new, or of the same run.
-        preset: smoke (a minute); signs (the authors' first stage, the default) and factors (their second); both at
+        preset: smoke (two steps); signs (the authors' first stage, the default) and factors (their second); both at
             once; rte and winogrande (their settings for classes of texts). What follows overrides it.
         text: enwiki (built in; the part that the run is not evaluated on), a text file or a directory; with --goal
             labels a file of JSON lines {"text": …, "label": …}.
