@@ -45,8 +45,8 @@ TRAININGS = {
     "factors": FinetuneConfig("", TrainConfig(signs=False, ranks=64, goal="text", factor_rate=3e-6, epochs=3,
                                               weight_decay=1e-3, schedule="linear", warmup=0.02),
                               Tokens(windows=256, window=512), aside=64),
-    # Signs and factors together, to the soft targets, at a rate for models of this size.
-    "both": FinetuneConfig("", TrainConfig(ranks=16, factor_rate=1e-4), Tokens(windows=256, window=512), aside=64),
+    # Signs and factors together, to the soft targets, at the rates that experiments/recovery.py found.
+    "both": FinetuneConfig("", TrainConfig(ranks=16), Tokens(windows=256, window=512), aside=64),
     # Their settings for classes of texts: RTE and Winogrande.
     "rte": FinetuneConfig("", TrainConfig(signs=False, ranks=64, goal="labels", factor_rate=3e-5, epochs=15,
                                           weight_decay=1e-3, schedule="linear", warmup=0.02),

@@ -64,7 +64,7 @@ class TrainConfig:
     epochs: int = 1
     batch: int = 4
     accumulate: int = 1
-    sign_rate: float = 1e-3
+    sign_rate: float = 4e-3
     factor_rate: float = 1e-4
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -112,10 +112,18 @@ def loosen(layer: CompressedLinear, signs: bool, ranks: int) -> tuple[Compressed
     own = 0 if layer.trained is None else len(layer.trained[0])
     if count := max(own, min(ranks, layer.rank)):
         _, left, right = layer.rotated()
-        free["trained"] = left.T[:count].astype(jnp.float32), right[:count].astype(jnp.float32)
+        free["trained"] = _balanced(left.T[:count].astype(jnp.float32), right[:count].astype(jnp.float32))
         rest = (_from(part, count - own) for part in (layer.left_t, layer.right))
         layer = dataclasses.replace(layer, **dict(zip(("left_t", "right"), rest, strict=True)), trained=None)
     return layer, free
+
+
+def _balanced(left_t: Array, right: Array) -> tuple[Array, Array]:
+    """Factors of one size and the same product: the entries of CALDERA's R are hundreds of times those of its L, and
+    Adam moves all by one length.  By a power of two, so that nothing is rounded; not where one of them is 0."""
+    of_left, of_right = (jnp.sqrt(jnp.mean(factor**2)) for factor in (left_t, right))
+    by = jnp.exp2(jnp.round(jnp.log2(jnp.where(of_left * of_right > 0, of_right / of_left, 1)) / 2))
+    return left_t * by, right / by
 
 
 def _from(part: Packed | None, row: int) -> Packed | None:

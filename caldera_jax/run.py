@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from caldera_jax import artifact, files, report, spread
@@ -28,10 +29,14 @@ def moments_hash(identity: dict[str, Any]) -> str:
 
 
 class Run:
-    """The output directory of one run, which all its processes see: what is finished, and where the next part goes."""
+    """The output directory of one run, which all its processes see: what is finished, and where the next part goes.
+
+    Until the report is written, or its first process has ended, no other run may have the directory.
+    """
 
     def __init__(self, out: Path, identity: dict[str, Any]):
         self.out, self.identity, self.work = out, identity, out / "unfinished"
+        self._lock = FileLock(self.work / "lock", is_singleton=True)  # the system releases it when the process ends
         if spread.rank() == 0:
             self._claim(identity)
         spread.barrier()
@@ -53,11 +58,16 @@ class Run:
                              "remove it to start over")
         if not self._read(out / "report.json"):
             self.work.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(f"{out}: another process is at work on this run: wait until it has ended, or choose "
+                                 "another --out") from None
             files.write_json(self.work / "run.json", identity)
 
     def _empty(self) -> bool:
         """Whether there is nothing but, at most, the traces of a run cut off before it had written anything."""
-        traces = {self.work, self.work / "run.json.tmp"}
+        traces = {self.work, self.work / "lock", self.work / "run.json.tmp"}
         return self.out.is_dir() and set(self.out.rglob("*")) <= traces
 
     def _read(self, path: Path) -> Any:
@@ -139,6 +149,7 @@ class Run:
         """Write the report and drop the unfinished work."""
         if spread.rank() == 0:
             files.write_json(self.out / "report.json", summary())
+            self._lock.release(force=True)
             shutil.rmtree(self.work)
         spread.barrier()
         return files.read_json(self.out / "report.json")

@@ -1,6 +1,7 @@
 """Fine-tuning: gradients through packed codes, what is trained and what is not, resuming, and what comes out."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -61,6 +62,16 @@ def test_a_loosened_layer_computes_what_the_packed_one_does(config, ranks):
         third, more = loosen(again, False, count + 1)  # those trained before are trained again
         assert len(more["trained"][0]) == min(count + 1, layer.rank)
         np.testing.assert_allclose(apply(dataclasses.replace(third, **more), x), apply(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("left", "right"), [(1e-3, 3.0), (3.0, 1e-3), (0.0, 1.0), (1e-15, 1e8)])
+def test_trained_factors_are_of_one_size_and_of_the_same_product_to_the_bit(left, right):
+    rng = np.random.default_rng(0)
+    factors = [jnp.asarray(size * rng.normal(size=(3, n)), jnp.float32) for size, n in ((left, 24), (right, 40))]
+    found = finetune._balanced(*factors)
+    np.testing.assert_array_equal(found[0].T @ found[1], factors[0].T @ factors[1])
+    sizes = [float(jnp.sqrt(jnp.mean(factor**2))) for factor in found]
+    assert 0.5 <= sizes[0] / sizes[1] <= 2 if left else sizes == pytest.approx([0, 1], rel=0.3)
 
 
 def test_what_is_stored_is_counted_in_the_type_that_it_is_stored_in(place):
@@ -290,6 +301,30 @@ def test_cut_off_and_started_again_it_ends_with_the_same_bytes(place, finished, 
     assert weight_files(tmp_path / "out") == weight_files(whole)
     assert finetune.finetune(settings(place, train), tmp_path / "out") == resumed  # nothing is done again
     assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_a_full_disk_keeps_the_last_state_and_says_so(place, finished, tmp_path, monkeypatch):
+    """Wherever it fills: at a checkpoint of orbax, at a layer, at the report."""
+    out, write = tmp_path / "out", files.write
+    full = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    save, counted = finetune.Keeper.save, []
+    for target, name, at in ((finetune.Keeper, "save", 3), (files, "write", "blocks.1.up.safetensors"),
+                             (files, "write", "report.json")):
+        def fails(*arguments, at=at):
+            if name == "save":
+                counted.append(0)
+                return full() if len(counted) == at else save(*arguments)
+            return full() if arguments[0].name == at else write(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, fails)
+            with pytest.raises(OSError, match="No space left"):
+                finetune.finetune(settings(place), out)
+    update, steps = finetune._update, []
+    monkeypatch.setattr(finetune, "_update", lambda *a: steps.append(0) or update(*a))
+    resumed = finetune.finetune(settings(place), out)
+    assert not steps and weight_files(out) == weight_files(place / "finished")  # nothing was left to train
+    assert resumed["compressed_perplexity"] == finished["compressed_perplexity"]
 
 
 def test_reconstruction_brings_every_block_nearer_to_the_dense_one(place, tmp_path):

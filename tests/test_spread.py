@@ -123,6 +123,24 @@ def test_a_killed_worker_ends_the_command_and_another_number_of_processes_finish
 
 
 @linux
+def test_a_second_run_in_the_same_directory_is_refused_while_the_first_is_at_work(place, alone, tmp_path):
+    out = tmp_path / "out"
+    with start(place, out, "--processes", "2") as first:
+        workers = running(first, out, 1)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)  # or it would be done before the second has started
+        try:
+            code, printed, error = run(place, out, "--processes", "2")
+            assert code == 2 and not printed
+            assert f"{out}: another process is at work on this run: wait" in error and "Traceback" not in error
+        finally:
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
+        assert first.wait(timeout=300) == 0, first.stderr.read()
+    assert weight_files(out) == weight_files(alone)
+
+
+@linux
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
                          ids=lambda end: end.name)
 def test_workers_never_outlive_the_command(place, tmp_path, end):
