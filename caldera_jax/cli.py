@@ -466,6 +466,8 @@ def inspect(directory: Directory, theory: bool = False, report: Path | None = No
         factors = ",".join(f"{bits:g}" for bits in row["factor_bits"]) if row["rank"] else "-"
         print(f"{row['path']:18s} {m:6d} {n:6d} {row['q_bits']:3g} {row['rank']:5d} {factors:>5s} {row['error']:8.4f} "
               f"{row['bits_per_weight']:7.4f} {row['damping']:8.3g} {row['seconds']:8.2f}")
+    if "finetune" in r:
+        print("error, damping and seconds are those of the compression, before the fine-tuning")
     print(table(r))
 
 

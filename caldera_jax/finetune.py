@@ -494,6 +494,8 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     that is too short, another run's ``out``.
     """
     source, train = Path(config.source), config.train
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} is the model that is to be trained, and stays as it is: choose another --out")
     before, model = artifact.read_manifest(source)["run"], artifact.load(source)
     base = artifact.base(source) if train.goal == "distill" or train.reconstruct else None
     batch, classes = read(config, model, before["config"])

@@ -249,7 +249,12 @@ class Result(NamedTuple):
 def load(source: str | Path) -> Model:
     """A compressed directory, or any dense model that ``convert.load`` takes; raises as the two do."""
     path = Path(source)
-    return artifact.load(path) if path.is_dir() and not (path / "config.json").is_file() else convert.load(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return artifact.load(path)
+    try:
+        return convert.load(source)
+    except ValueError as error:
+        raise error if path.exists() else ValueError(f"{error}, or the directory of a compressed model") from error
 
 
 def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), dense: bool = False,

@@ -158,6 +158,8 @@ class Run:
 def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The first setting that differs, in words."""
     def flat(value, prefix=""):
+        if isinstance(value, list):
+            value = dict(enumerate(value))
         if not isinstance(value, dict):
             return {prefix: value}
         parts = (flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())

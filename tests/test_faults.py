@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.numpy import save
 from test_compress import weight_files
 
 from caldera_jax import cli, files
@@ -66,3 +69,75 @@ def test_killed_at_twenty_random_times_it_ends_with_the_bytes_of_an_unbroken_run
     assert start(place, command, out.name).wait() == 0
     assert weight_files(out) == weight_files(place / f"{name}_whole")
     assert len(at) > 5, at
+
+
+# ---- bad input
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """What a command answers that does not do what it is asked: one line, and nothing on standard output."""
+    own = ["--processes", "0"] if arguments[0] == "eval" else []  # here, not in workers
+    monkeypatch.setattr("sys.argv", ["caldera", *arguments, *own])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and not printed.out
+    said = printed.err.replace("\r", "\n").strip().splitlines()[-1]
+    assert said.startswith("caldera: ") and "Traceback" not in printed.err
+    return said
+
+
+TEXT = ["--text", "text.txt", "--windows", "22", "--window", "32", "--aside", "6"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["generate", "compressed", ""], "an empty prompt"),
+    (["generate", "compressed", "x" * 64], "a prompt of 64 tokens leaves no room in the model's context of 64"),
+    (["generate", "nowhere", "x"], "unknown model 'nowhere'.*or the directory of a compressed model"),
+    (["eval", "compressed", "--text", "empty.txt"], "empty.txt: the file is empty"),
+    (["eval", "compressed", "--text", "few.txt"], "evaluation text is too short: it has 9 tokens"),
+    (["eval", "compressed", "--context", "65"], "a context of 65 tokens exceeds the model's, 64"),
+    (["eval", "compressed", "--context", "32", "--stride", "33"], "a stride of 33 tokens: give 1 to the context, 32"),
+    (["eval", "nowhere"], "nowhere: no compressed model"),
+    (["finetune", "compressed", "--out", "new", *TEXT, "--text", "empty.txt"], "empty.txt: the file is empty"),
+    (["finetune", "compressed", "--out", "new", *TEXT, "--window", "65"], "windows of 65 tokens exceed"),
+    (["finetune", "compressed", "--out", "new", *TEXT, "--aside", "22"], "22 of 22 windows for validation"),
+    (["finetune", "compressed", "--out", "compressed", *TEXT], "compressed is the model that is to be trained"),
+    (["finetune", "compressed", "--out", "model", *TEXT], "model exists and holds something else"),
+    (["finetune", "compressed", "--out", "new", *TEXT, "--preset", "rte", "--text", "few.txt"],
+     "few.txt: not a file of JSON lines"),
+    (["finetune", "model", "--out", "new", *TEXT], "model: no compressed model"),
+    (["export", "compressed", "--to", "gguf", "--out", "new.bin"], "let --out end in .gguf"),
+    (["export", "compressed", "--to", "hf", "--out", "model"], "model exists"),
+    (["export", "compressed", "--to", "hf", "--out", "new", "--dtype", "float16"], "float16"),
+    (["inspect", "model"], "model: no compressed model"),
+])
+def test_what_cannot_be_done_is_said_in_one_line(place, monkeypatch, capsys, arguments, message):
+    (place / "empty.txt").write_text("")
+    (place / "few.txt").write_text("few words")
+    monkeypatch.chdir(place)
+    assert re.search(message, refused(monkeypatch, capsys, *arguments))
+    assert not (place / "new").exists()
+
+
+def test_a_compressed_model_that_is_truncated_changed_or_of_another_base_is_named_by_every_command(
+        place, tmp_path, monkeypatch, capsys):
+    commands = [["generate", "copy", "x"], ["eval", "copy"], ["finetune", "copy", "--out", "new", *TEXT],
+                ["export", "copy", "--to", "hf", "--out", "new"]]
+    flipped = lambda content: content[:-1] + bytes([content[-1] ^ 1])
+    monkeypatch.chdir(tmp_path)
+    for damage in (lambda content: content[:len(content) // 2], flipped):
+        for command in commands:
+            shutil.copytree(place, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache"))
+            shutil.copytree("compressed", "copy", dirs_exist_ok=True)
+            block = Path("copy/block_001.safetensors")
+            block.write_bytes(damage(block.read_bytes()))
+            said = refused(monkeypatch, capsys, *command)
+            assert "copy/block_001.safetensors: missing, or its SHA-256 differs" in said
+            assert not Path("new").exists()
+    shutil.copytree("compressed", "copy", dirs_exist_ok=True)
+    for path in Path("model").glob("*.safetensors"):  # another model under the name of the base
+        tensors = files.read_arrays(path)
+        path.write_bytes(save({name: 2 * value for name, value in tensors.items()}))
+    for command in (["eval", "copy", "--base"], ["finetune", "copy", "--out", "new", *TEXT]):
+        assert "is not the model that copy was compressed from" in refused(monkeypatch, capsys, *command)

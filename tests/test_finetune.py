@@ -15,7 +15,7 @@ import tiny
 from matrices import gaussian, hessian
 from test_compress import weight_files
 
-from caldera_jax import CalderaConfig, apply, artifact, compress_matrix, files, finetune
+from caldera_jax import CalderaConfig, apply, artifact, cli, compress_matrix, files, finetune
 from caldera_jax.compress import RunConfig, compress
 from caldera_jax.finetune import Batch, FinetuneConfig, TrainConfig, loosen
 from caldera_jax.linear import CompressedLinear
@@ -310,7 +310,7 @@ def test_a_full_disk_keeps_the_last_state_and_says_so(place, finished, tmp_path,
     save, counted = finetune.Keeper.save, []
     for target, name, at in ((finetune.Keeper, "save", 3), (files, "write", "blocks.1.up.safetensors"),
                              (files, "write", "report.json")):
-        def fails(*arguments, at=at):
+        def fails(*arguments, name=name, at=at):
             if name == "save":
                 counted.append(0)
                 return full() if len(counted) == at else save(*arguments)
@@ -332,6 +332,14 @@ def test_reconstruction_brings_every_block_nearer_to_the_dense_one(place, tmp_pa
     before, after = np.array(row["finetune"][-1]["fits"]).T
     assert (after < 0.9 * before).all() and row["finetune"][-1]["losses"] == []
     assert row["compressed_perplexity"] != row["finetune"][-1]["perplexity_before"]
+
+
+def test_inspect_shows_the_trained_bits_and_says_what_is_of_before(place, finished, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["caldera", "inspect", str(place / "finished")])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert "error, damping and seconds are those of the compression, before the fine-tuning" in printed
+    assert all(f"{row['bits_per_weight']:7.4f}" in printed for row in finished["layers"])
 
 
 def test_a_trained_model_is_trained_again_and_remembers_both(place, finished, tmp_path):
