@@ -150,7 +150,7 @@ class Run:
         if spread.rank() == 0:
             files.write_json(self.out / "report.json", summary())
             self._lock.release(force=True)
-            shutil.rmtree(self.work)
+            shutil.rmtree(self.work, ignore_errors=True)  # another may have found the report, and done so
         spread.barrier()
         return files.read_json(self.out / "report.json")
 
