@@ -1,7 +1,8 @@
 """A compressed model on disk: one safetensors file a block, the rest of the model, the tokenizer, and a manifest.
 
 ``manifest.json`` is written last, so a directory with one is complete.  It holds the format version, the model's
-configuration, the configuration of the run, shape and grids of every compressed layer, and the SHA-256 of every file.
+configuration, the configuration of the run, shape and grids of every compressed layer, and the SHA-256 of every file
+and of itself (``digest``).
 Names in a block's file: ``q.left_t.codes`` is field ``left_t.codes`` of the CompressedLinear of layer q; layers that
 stayed dense, and gains, have their own name alone.  ``rest.safetensors`` has ``embed`` [vocabulary, width], ``norm``
 [width] and, unless the model is tied, ``head``, in the type that the base model had, as all that is dense.
@@ -34,13 +35,11 @@ Q, Lᵀ and R, with these kinds (c a code):
 
 **T**, orthonormal of order n = 2^a q, q odd, is H ⊗ M / sqrt(n): Sylvester's H of order 2^a, and no M, if q = 1; else,
 where 4 q is at most 256 and 4 | n, M of order 4 q by Paley's first construction (4 q - 1 prime), or else his second
-(2 q - 1 prime), and H of order 2^a / 4.  M of order 172, for n = 11008, has the rows of blocks (A, BJ, CJ, DJ),
-(-BJ, A, DᵀJ, -CᵀJ), (-CJ, -DᵀJ, A, BᵀJ), (-DJ, CᵀJ, -BᵀJ, A), where J reverses columns and the circulant matrices have
-the entries A[i, j] = s[(i - j) mod 43], s[t] = -1 where bit t of 6ab0879193e, 36a81b91c7a, 68d7c650996 or 5e7fddc15ec
-(hexadecimal; for A, B, C, D) is set.  Where 4 q has no such M, ``hadamard.factor`` says what takes its place.
+(2 q - 1 prime), and H of order 2^a / 4.  Order 172, of n = 11008, is Goethals' and Seidel's, as below.  For other q,
+of which 13 is the least, ``hadamard.factor`` says what takes M's place.
 
 **To decode** a layer of grids E8P and ResidualE8P of 4 bits with NumPy alone, from ``arrays`` by these names and the
-``layers`` entry ``meta`` (22 lines, and 16 that write out the lattice's table and Paley's matrices):
+``layers`` entry ``meta`` (22 lines, and 26 that write out the lattice's table and the matrices M):
 
     import itertools, numpy as np
 
@@ -50,9 +49,17 @@ the entries A[i, j] = s[(i - j) mod 43], s[t] = -1 where bit t of 6ab0879193e, 3
     rows += [[2.5 if i == j else 1.5 if i == t else 0.5 for i in range(8)] for j in range(8) for t in range(8)]
     patterns = np.array(rows + [[0.5 if str(i) in t else 1.5 for i in range(8)] for t in triples])  # [256, 8]
 
+    def goethals_seidel():
+        words, i = "6ab0879193e 36a81b91c7a 68d7c650996 5e7fddc15ec".split(), np.arange(43)
+        a, b, c, d = (1 - 2 * (int(word, 16) >> (i[:, None] - i) % 43 & 1) for word in words)
+        b, c, d, e, f, g = (matrix[:, ::-1] for matrix in (b, c, d, b.T, c.T, d.T))
+        return np.block([[a, b, c, d], [-b, a, g, -f], [-c, -g, a, e], [-d, f, -e, a]])
+
     def paley(order):
-        first = all((order - 1) % d for d in range(2, order - 1))
-        p = order - 1 if first else order // 2 - 1
+        prime = lambda p: all(p % d for d in range(2, p))
+        p = order - 1 if (first := prime(order - 1)) else order // 2 - 1
+        if order > 256 or not prime(p):
+            raise ValueError(f"no matrix of Paley's has order {order}: see hadamard.factor")
         i, character = np.arange(p), np.full(p, -1)
         character[i**2 % p], character[0] = 1, 0  # of the squares modulo p
         c = np.ones((p + 1, p + 1))
@@ -78,7 +85,8 @@ the entries A[i, j] = s[(i - j) mod 43], s[t] = -1 where bit t of 6ab0879193e, 3
         power, h = n & -n, np.ones((1, 1))
         while len(h) < (power if power == n else power // 4):
             h = np.kron([[1, 1], [1, -1]], h)
-        t = h if power == n else np.kron(h, paley(4 * n // power))
+        order = 4 * n // power
+        t = h if power == n else np.kron(h, goethals_seidel() if order == 172 else paley(order))
         return t / np.sqrt(n) * (1.0 - 2 * np.unpackbits(signs, count=n, bitorder="little"))
 
     def weight(arrays, meta):
@@ -93,6 +101,7 @@ files for other programs: ``export``.
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -181,7 +190,13 @@ def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run
     manifest = {"format": FORMAT, "model": model.name, "model_config": dataclasses.asdict(model.config),
                 "special": model.special, "run": run, "layers": layers,
                 "files": {name: files.sha256(directory / name) for name in names}}
-    files.write_json(directory / MANIFEST, manifest)
+    files.write_json(directory / MANIFEST, manifest | {"sha256": digest(manifest)})
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the manifest's other fields, as JSON with sorted keys and no blanks."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return files.sha256(json.dumps(report.plain(rest), sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -200,6 +215,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                          "caldera-jax that wrote it, or compress the model again")
     if missing := needed - manifest.keys():
         raise ValueError(f"{path}: not a manifest of this program: it lacks {', '.join(sorted(missing))}")
+    if manifest.get("sha256", own := digest(manifest)) != own:  # the first ones had none
+        raise ValueError(f"{path}: its SHA-256 differs from the one that it names: the file was damaged or changed; "
+                         "restore it or compress the model again")
     return manifest
 
 

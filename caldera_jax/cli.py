@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from caldera_jax import artifact, evaluate, explain, export, files, generate, page, spread
 from caldera_jax.allocate import UNITS
-from caldera_jax.compress import RunConfig, Tokens, memory_need, recorded, texts, weights
+from caldera_jax.compress import RunConfig, Tokens, memory_need, recorded, weights
 from caldera_jax.compress import compress as run_compress
 from caldera_jax.decompose import CalderaConfig
 from caldera_jax.finetune import FinetuneConfig, TrainConfig
 from caldera_jax.finetune import finetune as run_finetune
 from caldera_jax.models import convert, data
 from caldera_jax.models.convert import Model as Loaded
+from caldera_jax.report import config_hash
 
 PRESETS = {
     # About a minute: the first two blocks, few tokens, few iterations.
@@ -254,7 +255,7 @@ def finetune(directory: Directory, out: Path,
             once; rte and winogrande (their settings for classes of texts). What follows overrides it.
         text: enwiki (built in; the part that the run is not evaluated on), a text file or a directory; with --goal
             labels a file of JSON lines {"text": …, "label": …}.
-        windows: of text, those for validation included.
+        windows: of text, those for validation included; with --goal labels all lines are taken.
         window: tokens a window.
         aside: windows, the last, that are not trained on: the parameters of least loss on them are kept.
         signs: train the signs of the rotations.
@@ -280,13 +281,22 @@ def finetune(directory: Directory, out: Path,
                      temperature=temperature, reconstruct=reconstruct, epochs=epochs, batch=batch,
                      accumulate=accumulate, sign_rate=sign_rate, factor_rate=factor_rate, weight_decay=weight_decay,
                      clip=clip, schedule=schedule, warmup=warmup, validate=validate, seed=seed)
+    tunes = train.ranks > 0 or train.goal == "labels"
+    idle = {"--temperature": temperature is not None and train.goal != "distill",
+            "--factor-dtype": factor_dtype is not None and not train.ranks,
+            "--factor-rate": factor_rate is not None and not tunes, "--weight-decay": bool(weight_decay) and not tunes,
+            "--sign-rate": sign_rate is not None and not train.signs}
+    if told := [name for name, is_idle in idle.items() if is_idle]:
+        raise ValueError(f"{', '.join(told)}: of no effect with goal {train.goal}, {train.ranks} ranks and "
+                         f"{'trained' if train.signs else 'frozen'} signs: leave it out, or train what it is for")
     tokens = override(base.text, text=text, windows=windows, window=window)
     config = override(base, source=str(directory), train=train, text=tokens, aside=aside)
     keep_programs()
     report = run_finetune(config, out)
     own = report["finetune"][-1]
     lost = own["perplexity_before"], own["perplexity"], report["base_perplexity"]
-    print(f"{directory}: {own['steps']} steps, {own['trained']} numbers trained\n"
+    right = f", {100 * own['accuracy']:.1f} % of the classes right" if "accuracy" in own else ""
+    print(f"{directory}: {own['steps']} steps, {own['trained']} numbers trained{right}\n"
           f"  perplexity        base {lost[2]:.3f}   before {lost[0]:.3f}   after {lost[1]:.3f}\n"
           f"  bits per weight   before {own['bits_per_weight_before']:.4f}   after {report['bits_per_weight']:.4f}\n"
           f"  seconds           {own['seconds']['total']:.0f}, {own['seconds']['compile']:.0f} of them compiling\n\n"
@@ -325,7 +335,8 @@ def generate_(model: Model, prompts: Annotated[tuple[str, ...], tyro.conf.Positi
 
 def figures(r: generate.Result) -> str:
     """Speed and memory on one line."""
-    return (f"{r.token_rate:.1f} tokens/s, prompt {r.prompt_rate:.1f} tokens/s, and {r.compile_seconds:.1f} s "
+    rate = f"{r.token_rate:.1f} tokens/s" if math.isfinite(r.token_rate) else "too few tokens for a speed"
+    return (f"{rate}, prompt {r.prompt_rate:.1f} tokens/s, and {r.compile_seconds:.1f} s "
             f"compiling; weights {r.weight_bytes / 1e6:.1f} MB, {r.layer_bytes / 1e6:.1f} of it layers; keys and "
             f"values {r.cache_bytes / 1e6:.1f} MB; peak memory {r.peak_bytes / 1e9:.2f} GB, "
             f"{r.start_bytes / 1e9:.2f} at start")
@@ -346,6 +357,8 @@ def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
     model = artifact.load(directory)
     export.export(model, to, out, dtype)
     print(f"written: {out}")
+    if "classifier" in model.params:
+        print("the classifier is not in it: neither format has a place for it")
     if "eos_token" not in model.special:
         print("no token is known to end a text: programs that generate with it must be told one")
 
@@ -354,7 +367,7 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
               context: int | None = None, stride: int | None = None, base: bool = False, tasks: str | None = None,
               task_files: Path | None = None, limit: int | None = None, workers: Spread = Workers()) -> None:
     """Perplexity of a compressed model, from disk, on the text its run was evaluated on or on another one; or tasks by
-    lm_eval, written to DIRECTORY/tasks.json.
+    lm_eval, written to a DIRECTORY/tasks_….json for these tasks and settings.
 
     Args:
         directory: of the compressed model.
@@ -363,8 +376,9 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         window: tokens a window.
         context: tokens that a prediction may look back on, itself included; by default --window. With --tasks, the
             model's.
-        stride: tokens from one context to the next; by default the context, without overlap. Every token is scored
-            once, with at least context - stride before it.
+        stride: tokens from one context to the next; by default the context: no overlap, and the first token of each
+            context is not scored. Below that every token but the text's first is scored once, with at least
+            context - stride before it, where there are so many.
         base: the base model, too: its perplexity, D_KL(base || compressed) a token and how often both find the same
             token likeliest; with --tasks, its answers.
         tasks: names or patterns of lm_eval's tasks, joined by commas, e.g. winogrande,piqa, in place of the perplexity;
@@ -385,11 +399,7 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
     ours, theirs = config.calibration, config.evaluation
     chosen = override(theirs, text=text, windows=windows, window=window)
     model = artifact.load(directory)
-    if chosen.text in (ours.text, theirs.text):
-        _, tokens = texts(dataclasses.replace(config, evaluation=chosen), model)
-    else:  # of no concern to the calibration, whose text need not be on this machine
-        tokens = data.token_windows(model.tokenizer, data.load_text(chosen.text), chosen.window, chosen.windows,
-                                    "evaluation")
+    tokens = data.windows_beside(model.tokenizer, chosen, ours.text, "evaluation")
     context = chosen.window if context is None else context
     stride = context if stride is None else stride
     if context > model.config.context:
@@ -414,19 +424,18 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
 
 def run_tasks(directory: Path, tasks: str, task_files: Path | None, limit: int | None, context: int | None,
               base: bool) -> None:
-    """lm_eval's tasks on the compressed model, and on its base; a table, and DIRECTORY/tasks.json."""
+    """lm_eval's tasks on the compressed model, and on its base; tables, and a record of these tasks and settings."""
     from caldera_jax import harness  # seconds, and an extra
 
     config = harness.TaskConfig(tuple(filter(None, tasks.split(","))), task_files and str(task_files), limit, context)
     keep_programs()
-    model = artifact.load(directory)
-    records = {"compressed": harness.run(config, model)}
-    if base:
-        records["base"] = harness.run(config, convert.load(model.name))
-    files.write_json(directory / "tasks.json", records)
-    for name, record in records.items():
+    models = {"compressed": artifact.load(directory)} | ({"base": artifact.base(directory)} if base else {})
+    records, path = {}, directory / f"tasks_{config_hash(config)}.json"
+    for name, model in models.items():
+        records[name] = record = harness.run(config, model)
+        files.write_json(path, records)  # the first is kept if the second fails
         print(f"{name}, context {record['context']}:\n{harness.table(record)}")
-    print(f"written: {directory / 'tasks.json'}")
+    print(f"written: {path}")
 
 
 def inspect(directory: Directory, theory: bool = False, report: Path | None = None,
@@ -506,10 +515,10 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         spread.leave(_say(" ".join(str(error).split())))
     except OSError as error:
-        full = " The disk is full: free some space and run the same command again; finished layers are kept."
+        full = " The disk is full: free some space and run the same command again; what is finished is kept."
         spread.leave(_say(f"{error}.{full if error.errno == errno.ENOSPC else ''}"))
     except KeyboardInterrupt:
-        spread.leave(_say("interrupted; run the same command again to go on from the last finished layer"))
+        spread.leave(_say("interrupted; run the same command again to go on from what is finished"))
 
 
 def _say(text: str) -> int:

@@ -365,7 +365,7 @@ def texts(config: RunConfig, model: Model) -> tuple[np.ndarray, np.ndarray]:
     """Calibration and evaluation windows, from text that does not overlap: one source is split by document."""
     ours, theirs = config.calibration, config.evaluation
     documents = data.load_text(ours.text)
-    if ours.text == theirs.text:
+    if data.same_text(ours.text, theirs.text):
         documents, held_out = data.split(documents)
     else:
         held_out = data.load_text(theirs.text)

@@ -46,8 +46,8 @@ def sliding_windows(tokens: Int[np.ndarray, " n"], context: int,
 
     The first scores all of them, each later one what the one before has not seen: of n tokens every one but the first
     is scored once, with at least min(context − stride, those there are) before it.  With stride = context windows do
-    not overlap, and the first token of each is not scored: w (s − 1) of them.  The last window is moved back to end
-    with the text.  Costs n / stride windows, so context / stride times as much as without overlap.
+    not overlap, and the first token of none is scored.  The last window is moved back to end with the text.  Costs
+    n / stride windows, so context / stride times as much as without overlap.
     Raises ValueError where the tokens do not fill one window, or the stride is not from 1 to the context.
     """
     if not 2 <= context <= len(tokens):

@@ -28,11 +28,11 @@ def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> No
 
     float32, the default, keeps what the model computes: its logits and its perplexity are those of the compressed model
     up to the rounding of the products.  bfloat16 and float16 take half the space and round every weight, by at most
-    2⁻⁸ and 2⁻¹¹ of itself, far less than the compression did.
+    2⁻⁸ and 2⁻¹¹ of itself (float16 by 3e-8 where that is more), far less than the compression did.
 
-    Needs memory for twice the embedding, one layer, and a gigabyte of weights.  Raises ValueError, with nothing
-    written, where OUT exists, the format cannot hold the model or its tokenizer, or a weight is too large for the
-    dtype; OSError where the disk is full, with nothing left of OUT.
+    Needs memory for twice the embedding, one layer, and a gigabyte of weights.  Raises ValueError where OUT exists, the
+    format cannot hold the model or its tokenizer, or a weight is too large for the dtype, and OSError where the disk is
+    full; nothing is left of OUT.
     """
     out = Path(out)
     if to not in DTYPES:

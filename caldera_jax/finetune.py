@@ -3,10 +3,12 @@
 A layer computes diag(s) Tᵀ (Q + L R) T diag(t) x, T the fast transform and s, t the signs: linear in each, so that they
 may be trained as reals (QuIP#, arXiv 2402.04396, section 5), and so may the first r columns of L and rows of R
 (CALDERA, arXiv 2405.18886, section 3).  A step goes through the model block by block, forward and back, and keeps only
-the streams between blocks; within a block the gradient decodes a few rows of Q at a time: no dense layer ever exists.
+the streams between blocks; within a block the gradient decodes a few rows of Q at a time (E8P of 2 and 4 bits); of Q on
+other grids it holds the dense layers of one block.
 """
 
 import dataclasses
+import errno
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from caldera_jax import artifact, calibration, evaluate, files, report
@@ -162,11 +164,11 @@ def _pull(config, block, free, x, pulled):
 
 @partial(jax.jit, static_argnums=0)
 @jax.default_matmul_precision("highest")
-def _fit(config, block, free, x, target):
-    """Mean squared distance of the block's output from the target over the target's mean square, and its gradient."""
+def _fit(config, block, free, x, target, counted):
+    """Sum of the squared distances of the block's output from the target, of tokens that count, and its gradient."""
     def loss(free):
         y = llama.block(config, join(block, free), x, jnp.arange(x.shape[1]))[0]
-        return jnp.mean((y - target) ** 2) / jnp.maximum(jnp.mean(target**2), jnp.finfo(y.dtype).tiny)
+        return jnp.sum(jnp.where(counted[..., None], y - target, 0) ** 2)
 
     return jax.value_and_grad(loss)(free)
 
@@ -182,6 +184,14 @@ class Batch(NamedTuple):
 
     def __getitem__(self, rows):  # of every part
         return Batch(*(None if part is None else part[rows] for part in self))
+
+
+class Entering(NamedTuple):
+    """What enters a block, what shall leave it, and which tokens count."""
+
+    x: Float[np.ndarray, "b s d"]
+    target: Float[np.ndarray, "b s d"]
+    counted: Bool[np.ndarray, "b s"]
 
 
 def soft_loss(teacher: Float[Array, "*b v"], student: Float[Array, "*b v"],
@@ -228,7 +238,7 @@ class Student(NamedTuple):
     last: Params
     blocks: list[dict[str, Any]]
 
-    def place(self, batch: Batch) -> Batch:
+    def place(self, batch: Batch | Entering) -> Batch | Entering:
         """The batch with its windows spread over the devices."""
         return jax.device_put(batch, NamedSharding(self.mesh, P("data")))
 
@@ -261,7 +271,8 @@ class Student(NamedTuple):
 def student(config: LlamaConfig, params: Params, train: TrainConfig, classes: int = 0) -> tuple[Student, Free]:
     """A model made ready, and what is trained of it.  ``classes``: of goal "labels".
 
-    Raises ValueError where no layer is compressed, or has nothing that can be trained.
+    A classifier of as many classes that the model has is trained on; else it begins at 0.
+    Raises ValueError where no layer has what is to be trained.
     """
     share = train.batch // train.accumulate
     devices = jax.local_devices()
@@ -272,13 +283,19 @@ def student(config: LlamaConfig, params: Params, train: TrainConfig, classes: in
                  if isinstance(value, CompressedLinear)}
         blocks.append({**block, **{name: layer for name, (layer, _) in loose.items()}})
         free.append({name: fields for name, (_, fields) in loose.items() if fields})
-    if not any(free) and train.goal != "labels":
-        raise ValueError("no layer has anything to train: the model is dense, or was compressed without rotation "
-                         "(signs) and at rank 0 (ranks)")
+    names = {name for block in free for fields in block.values() for name in fields}
+    if train.signs and not names & {"left_side", "right_side"}:
+        raise ValueError("signs are to be trained, and no layer has any: the model was compressed without Hadamard "
+                         "rotation: train ranks alone, without signs")
+    if train.ranks and "trained" not in names:
+        raise ValueError("ranks are to be trained, and no layer has any: the model was compressed at rank 0: train "
+                         "signs alone, with ranks 0")
     everywhere = partial(jax.device_put, device=NamedSharding(mesh, P()))
     found: Free = {"blocks": free}
     if train.goal == "labels":
-        found["classifier"] = jnp.zeros((classes, config.dim), jnp.float32)
+        old = params.get("classifier")
+        found["classifier"] = (jnp.zeros((classes, config.dim), jnp.float32) if old is None or len(old) != classes else
+                               jnp.asarray(old, jnp.float32))
     return Student(config, train, mesh, everywhere(weights.rest(params)), everywhere(blocks)), everywhere(found)
 
 
@@ -320,7 +337,7 @@ class State(NamedTuple):
     moments: Any  # the optimizer's
     best: Free  # of least validation loss
     losses: Float[np.ndarray, " steps"]  # nats a token, or a window's class
-    validation: Float[np.ndarray, " points"]  # before the first step, and after every ``validate``
+    validation: Float[np.ndarray, " points"]  # at the start, after ``reconstruct`` if any, and after every ``validate``
     fits: Float[np.ndarray, "blocks 2"]  # relative squared error of each block before and after its reconstruction
 
 
@@ -334,7 +351,12 @@ class Keeper:
     def save(self, number: int, state: State) -> None:
         """Keep it in place of the one before, which stays until this one is whole."""
         if self.manager is not None:
-            self.manager.save(number, args=ocp.args.StandardSave(_leaves(state)))
+            try:
+                self.manager.save(number, args=ocp.args.StandardSave(_leaves(state)))
+            except ValueError as error:  # of tensorstore
+                if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
+                    raise OSError(errno.ENOSPC, "No space left on device for the state of the training") from None
+                raise
 
     def restore(self, state: State) -> State:
         """The state that was kept, of the structure and on the devices of this one; this one where there is none."""
@@ -376,22 +398,21 @@ def fit(model: Student, free: Free, data: Batch, aside: Batch, folder: Path | No
     Raises ValueError for fewer windows than a batch, or a loss that is not finite.
     """
     train, count = model.train, len(data.tokens)
-    if count < train.batch or len(aside.tokens) < model.mesh.size:
-        raise ValueError(f"{count} windows to train on and {len(aside.tokens)} to validate on: a batch takes "
-                         f"{train.batch}, and validation {model.mesh.size} or more: give more text, or shorter windows")
+    enough(train, count)
     per_epoch = count // train.batch
-    steps = train.epochs * per_epoch
-    points = 1 + -(-steps // train.validate)
+    steps, begun = train.epochs * per_epoch, 1 + bool(train.reconstruct)
+    points = begun + -(-steps // train.validate)
     chosen = optimizer(train, steps)
     empty = lambda *shape: np.full(shape, np.nan)
     keeper = Keeper(folder)
     state = keeper.restore(State(np.asarray(-1), free, chosen.init(free), free, empty(steps), empty(points),
                                  empty(len(model.blocks), 2)))
-    if int(state.step) < 0 and train.reconstruct:
-        state = _reconstruct(model, state, data, dense, keeper)
-    if int(state.step) < 0:
+    if np.isnan(state.validation[0]):
         state.validation[0] = _validate(model, state.free, aside)
-        state = state._replace(step=np.asarray(0), best=state.free)
+    if int(state.step) < 0:
+        if train.reconstruct:
+            state = _validated(_reconstruct(model, state, data, dense, keeper), model, aside, 1)
+        state = state._replace(step=np.asarray(0))
     with tqdm(total=steps, initial=int(state.step), unit="step", desc="train", disable=not steps) as progress:
         for step in range(int(state.step), steps):
             epoch, i = divmod(step, per_epoch)
@@ -404,12 +425,22 @@ def fit(model: Student, free: Free, data: Batch, aside: Batch, folder: Path | No
             progress.set_postfix_str(f"loss {loss:.4f}")
             progress.update()
             if (step + 1) % train.validate == 0 or step + 1 == steps:
-                point = -(-(step + 1) // train.validate)
-                state.validation[point] = _validate(model, new, aside)
-                if state.validation[point] < np.nanmin(state.validation[:point]):
-                    state = state._replace(best=new)
+                state = _validated(state, model, aside, begun - 1 - (-(step + 1) // train.validate))
                 keeper.save(len(model.blocks) + step + 1, state)
     return state
+
+
+def enough(train: TrainConfig, windows: int) -> None:
+    """Raise ValueError where the windows to train on do not fill a batch."""
+    if windows < train.batch:
+        raise ValueError(f"{windows} windows to train on, and a batch takes {train.batch}: give more text or shorter "
+                         "windows, or put fewer aside")
+
+
+def _validated(state: State, model: Student, aside: Batch, point: int) -> State:
+    """The state with this point of the validation, and with its parameters as the best if they are."""
+    state.validation[point] = _validate(model, state.free, aside)
+    return state._replace(best=state.free) if state.validation[point] < np.min(state.validation[:point]) else state
 
 
 def _mean_gradient(model, free, batch) -> tuple[float, Free]:
@@ -422,11 +453,22 @@ def _mean_gradient(model, free, batch) -> tuple[float, Free]:
 
 
 def _validate(model, free, aside) -> float:
-    """Mean loss of the windows with what is trained as it is stored."""
-    as_stored, share = stored(free, model.train.factor_dtype), model.mesh.size
-    losses = [float(model.loss(as_stored, model.place(aside[i:i + share])))
-              for i in range(0, len(aside.tokens) // share * share, share)]
-    return float(np.mean(losses))
+    """Mean loss of the windows with what is trained as it is stored; one that is left over is on every device."""
+    as_stored, share, count = stored(free, model.train.factor_dtype), model.mesh.size, len(aside.tokens)
+    whole = count // share * share
+    rows = [*(range(i, i + share) for i in range(0, whole, share)), *([i] * share for i in range(whole, count))]
+    losses = [float(model.loss(as_stored, model.place(aside[np.array(row)]))) for row in rows]
+    return float(np.average(losses, weights=[len(set(row)) for row in rows]))
+
+
+def accuracy(model: Student, free: Free, batch: Batch) -> float:
+    """The share of the windows whose class is the likeliest, with what is trained as it is stored."""
+    as_stored, right = stored(free, model.train.factor_dtype), 0
+    for i, (label, length) in enumerate(zip(batch.labels, batch.lengths, strict=True)):
+        x = model.streams(as_stored, batch[np.array([i])])[-1][:, length - 1:length]
+        logits = free["classifier"] @ llama.rms_norm(x, model.last["norm"], model.config.norm_eps)[0, 0]
+        right += int(jnp.argmax(logits)) == label
+    return right / len(batch.tokens)
 
 
 def _reconstruct(model: Student, state: State, data: Batch, dense, keeper: Keeper) -> State:
@@ -435,12 +477,14 @@ def _reconstruct(model: Student, state: State, data: Batch, dense, keeper: Keepe
     each = lambda function, x: np.concatenate([np.asarray(function(jnp.asarray(x[i:i + share])))
                                                for i in range(0, len(x), share)])
     entering = target = np.asarray(llama.embed(model.config, model.last, data.tokens))
+    lengths = data.lengths if data.lengths is not None else np.full(len(data.tokens), data.tokens.shape[1])
+    counted = np.arange(data.tokens.shape[1]) < lengths[:, None]  # not what fills up a labelled line
     done = int(np.isfinite(state.fits[:, 1]).sum())
     for index, block in enumerate(tqdm(model.blocks, "reconstruct", unit="block")):
         own = state.free["blocks"][index]
         target = each(partial(calibration.forward, model.config, jax.device_put(dict(dense[index]))), target)
         if index >= done:
-            own, state.fits[index] = _fit_block(model, block, own, entering, target)
+            own, state.fits[index] = _fit_block(model, block, own, Entering(entering, target, counted))
             free = state.free["blocks"][:index] + [own] + state.free["blocks"][index + 1:]
             state = state._replace(free={**state.free, "blocks": free})
             keeper.save(index + 1, state)
@@ -448,18 +492,25 @@ def _reconstruct(model: Student, state: State, data: Batch, dense, keeper: Keepe
     return state
 
 
-def _fit_block(model: Student, block, free, entering, target) -> tuple[dict[str, Any], tuple[float, float]]:
-    """What is trained of one block, and its relative squared error before and after."""
-    train = model.train
-    epochs = [batches(train, len(entering), epoch) for epoch in range(train.reconstruct)]
+def _fit_block(model: Student, block, free, data: Entering) -> tuple[dict[str, Any], tuple[float, float]]:
+    """What is trained of one block, and its relative squared error before and after; as it was if that is no less."""
+    train, old = model.train, free
+    epochs = [batches(train, len(data.x), epoch) for epoch in range(train.reconstruct)]
     chosen = optimizer(train, sum(map(len, epochs)))
-    error = lambda free: float(np.mean([_fit(model.config, block, free, entering[rows], target[rows])[0]
-                                        for rows in epochs[0]]))
+    square = lambda rows: max(float(np.sum(data.target[rows][data.counted[rows]] ** 2)), np.finfo(np.float32).tiny)
+
+    def fitted(free, rows):
+        parts = [model.place(Entering(*(part[own] for part in data))) for own in np.split(rows, train.accumulate)]
+        found = [_fit(model.config, block, free, *part) for part in parts]
+        return jax.tree.map(lambda *a: sum(a) / square(rows), *found)
+
+    error = lambda free: float(np.mean([fitted(free, rows)[0] for rows in epochs[0]]))
     before, moments = error(free), chosen.init(free)
     for rows in (rows for epoch in epochs for rows in epoch):
-        _, gradient = _fit(model.config, block, free, entering[rows], target[rows])
+        _, gradient = fitted(free, rows)
         free, moments = _update(chosen, free, moments, gradient)
-    return free, (before, error(free))
+    after = error(free)
+    return (free, (before, after)) if after < before else (old, (before, before))
 
 
 # ---- a run
@@ -480,7 +531,7 @@ class FinetuneConfig:
     aside: int = 64
 
     def __post_init__(self):
-        if not 0 < self.aside < self.text.windows:
+        if not 0 < self.aside or (self.train.goal != "labels" and self.aside >= self.text.windows):
             raise ValueError(f"{self.aside} of {self.text.windows} windows for validation: at least 1, and fewer than "
                              "all")
 
@@ -499,6 +550,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     before, model = artifact.read_manifest(source)["run"], artifact.load(source)
     base = artifact.base(source) if train.goal == "distill" or train.reconstruct else None
     batch, classes = read(config, model, before["config"])
+    learner, free = student(model.config, weights.whole(model.params), train, len(classes))
     own = {"config": report.plain(config), "source_sha256": files.sha256(source / artifact.MANIFEST),
            "data_sha256": [files.sha256(part) for part in batch if part is not None]}
     run = Run(out, before | {"finetune": [*before.get("finetune", []), own]})
@@ -510,15 +562,15 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
             with clock.stage("teacher"):
                 batch = batch._replace(teacher=_kept(run, "teacher", lambda: last_streams(base, batch.tokens)))
         with clock.stage("train"):
-            learner, free = student(model.config, weights.whole(model.params), train, len(classes))
             edge = len(batch.tokens) - config.aside
             dense = base.params["blocks"] if train.reconstruct else ()
             state = fit(learner, free, batch[:edge], batch[edge:], run.work / "state", dense)
         run.remember("clock", clock.stages)
         run.remember("training", {
             "steps": len(state.losses), "trained": sum(leaf.size for leaf in jax.tree.leaves(state.free)),
-            "losses": state.losses.tolist(), "validation": state.validation.tolist(), "fits": state.fits.tolist(),
-            "classes": classes})
+            "losses": state.losses.tolist(), "validation": state.validation.tolist(),
+            "fits": state.fits.tolist() if train.reconstruct else [], "classes": classes,
+            **({"accuracy": accuracy(learner, state.best, batch[edge:])} if classes else {})})
         _write(run, model, learner, state)
     with clock.stage("evaluate"):
         trained, tokens = artifact.load(out), held_out(model, before["config"])
@@ -537,7 +589,15 @@ def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Bat
         if len(batch.tokens) <= config.aside:
             raise ValueError(f"{text.text}: {len(batch.tokens)} lines, and the last {config.aside} are for validation: "
                              "give more, or put fewer aside")
+        enough(config.train, len(batch.tokens) - config.aside)
         return batch, classes
+    enough(config.train, text.windows - config.aside)
+    if text.window < 2:
+        raise ValueError("windows of 1 token: the next one is to be learned: give 2 or more")
+    theirs = run["evaluation"]["text"]
+    if data.same_text(text.text, theirs) and not data.same_text(theirs, run["calibration"]["text"]):
+        raise ValueError(f"the model is evaluated on all of {theirs}, as it was calibrated on another text: train on "
+                         "another one")
     return Batch(data.windows_beside(model.tokenizer, text, run["evaluation"]["text"], "calibration")), []
 
 
@@ -547,16 +607,17 @@ def labelled(model: Model, path: Path, window: int) -> tuple[Batch, list[str]]:
     Raises ValueError for a line that is not of this kind, or longer than the window, and for fewer than two classes.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        texts, labels = [str(row["text"]) for row in rows], [str(row["label"]) for row in rows]
+        lines = path.read_text("utf-8").split("\n")  # not splitlines: JSON's strings may hold other ends of lines
+        rows = {i + 1: json.loads(line) for i, line in enumerate(lines) if line.strip()}
+        texts, labels = [str(row["text"]) for row in rows.values()], [str(row["label"]) for row in rows.values()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: not a file of JSON lines {{"text": …, "label": …}} ({error})') from error
     tokens, classes = [tokenizer.encode(model.tokenizer, text) for text in texts], sorted(set(labels))
     if len(classes) < 2:
         raise ValueError(f"{path}: {len(classes)} classes; two at least are needed")
-    if bad := [i + 1 for i, ids in enumerate(tokens) if not 0 < len(ids) <= window]:
-        raise ValueError(f"{path}: line {bad[0]} has {len(tokens[bad[0] - 1])} tokens, and a window holds 1 to "
-                         f"{window}: widen it, or shorten the line")
+    if bad := [(i, len(ids)) for i, ids in zip(rows, tokens, strict=True) if not 0 < len(ids) <= window]:
+        raise ValueError(f"{path}: line {bad[0][0]} has {bad[0][1]} tokens, and a window holds 1 to {window}: widen "
+                         "it, or shorten the line")
     padded = np.stack([np.pad(ids, (0, window - len(ids))) for ids in tokens])
     return Batch(padded, None, np.array([classes.index(label) for label in labels]), np.array(list(map(len, tokens)))
                  ), classes

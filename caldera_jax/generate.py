@@ -6,6 +6,7 @@ cache and sees the slots up to p alone, so that padding is never seen, and is wr
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ class Text:
         """What can be shown now; often a word, empty where a character is not complete."""
         self._ids.append(token)
         text = self.rest()
-        if text.endswith("\ufffd"):
+        if not text or text.endswith("\ufffd"):  # a token without text may not stand alone before a word
             return ""
         self._ids, self._shown = self._ids[self._shown:], len(self._ids) - self._shown
         return text
@@ -226,16 +227,18 @@ class Result(NamedTuple):
     start_bytes: int  # resident before the model was read
     peak_bytes: int  # the most since then
     stages: dict[str, dict[str, float]]  # load, prompt (until the first tokens), tokens (all others)
+    steady_seconds: float  # from the second token of each sequence to the last
 
     @property
     def prompt_rate(self) -> float:
-        """Tokens of the prompts a second, compiling apart."""
+        """Tokens of the prompts a second, compiling apart; of a short prompt mostly what a first call takes else."""
         return self.prompt_tokens / self._seconds("prompt")
 
     @property
     def token_rate(self) -> float:
-        """Tokens a second, over all sequences, after the first of each, compiling apart; NaN where there are none."""
-        return sum(max(len(row) - 1, 0) for row in self.tokens) / self._seconds("tokens")
+        """Tokens a second, over all sequences, from the third of each on: the second waits for a program to be compiled
+        or found.  NaN where there are none."""
+        return sum(max(len(row) - 2, 0) for row in self.tokens) / (self.steady_seconds or math.nan)
 
     @property
     def compile_seconds(self) -> float:
@@ -284,7 +287,9 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
     with clock.stage("prompt"):
         first = list(itertools.islice(steps, 1))
     with clock.stage("tokens"):
+        ends = []
         for step in itertools.chain(first, steps):
+            ends.append(time.perf_counter())
             for row, token in enumerate(step.tolist()):
                 if token >= 0:
                     tokens[row].append(token)
@@ -296,7 +301,8 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
     return Result(
         said, tokens, sum(map(len, ids)), sum(leaf.nbytes for leaf in jax.tree.leaves(layers)),
         artifact.model_bytes(params), 4 * slots * config.kv_heads * config.head_dim, start,
-        max(int(stage["peak_memory_bytes"]) for stage in clock.stages.values()), clock.stages)
+        max(int(stage["peak_memory_bytes"]) for stage in clock.stages.values()), clock.stages,
+        ends[-1] - ends[1] if len(ends) > 2 else 0.0)
 
 
 def run_apart(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), dense: bool = True

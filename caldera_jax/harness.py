@@ -140,7 +140,8 @@ class CalderaLM(TemplateLM):
     def _id(self, role: str) -> int:
         if role not in self.special:
             raise ValueError(f"the tasks need a token that begins or ends a text, and the model's files name no {role} "
-                             "of its vocabulary: name it in tokenizer_config.json")
+                             "of its vocabulary: name it in the tokenizer_config.json of the dense model, and compress "
+                             "that again")
         return self.encoding.token_to_id(self.special[role])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
@@ -155,6 +156,7 @@ class CalderaLM(TemplateLM):
             if not 0 < len(continuation) <= self.max_length:
                 raise ValueError(f"a continuation of {len(continuation)} tokens: it must have one, and at most the "
                                  f"{self.max_length} of the context")
+            context = context or [self.prefix_token_id]  # blanks alone, which lm_eval gives to the continuation
             rows.append((context + continuation)[-self.max_length - 1:])
         found = score(self.config, self.params, rows, self.max_length, disable_tqdm)
         counts = [len(continuation) for _, _, continuation in requests]

@@ -129,9 +129,10 @@ def verdict(results: Sequence[Result]) -> str:
         for text in ("wikipedia", "program"):
             ratio = [r[text]["after"] / r[text]["before"] for r in rows]
             mean = {key: np.mean([r[text][key] for r in rows]) for key in ("base", "before", "after")}
+            share = (f"{np.mean([recovered(r[text]) for r in rows]):.0%} of the loss recovered"
+                     if min(r[text]["before"] / r[text]["base"] for r in rows) > 1.02 else "next to nothing was lost")
             texts.append(f"{text} {mean['before']:.2f} to {mean['after']:.2f} (dense {mean['base']:.2f}), "
-                         f"{decide(ratio)} {with_interval(ratio)}, {np.mean([recovered(r[text]) for r in rows]):.0%} "
-                         "of the loss recovered")
+                         f"{decide(ratio)} {with_interval(ratio)}, {share}")
         lines.append(f"{model}, {name(rank, ranks)}: {np.mean([r['bits_before'] for r in rows]):.3f} to "
                      f"{np.mean([r['bits'] for r in rows]):.3f} bits, {rows[0]['steps']} steps; {'; '.join(texts)}.")
     for model, rank in dict.fromkeys((model, rank) for model, rank, _ in found):

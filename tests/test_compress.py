@@ -349,6 +349,24 @@ def test_layers_come_back_from_disk_bit_for_bit(caldera, tmp_path):
     np.testing.assert_array_equal(back.dense(), layer.dense())
 
 
+def test_a_flipped_bit_of_the_manifest_is_named_or_changes_nothing(finished, tmp_path):
+    path = tmp_path / artifact.MANIFEST
+    whole = (finished[0] / artifact.MANIFEST).read_bytes()
+    rng, meant, named = np.random.default_rng(0), json.loads(whole), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            read = artifact.read_manifest(tmp_path)
+        except ValueError as error:
+            named += str(path) in str(error)
+        else:  # white space, or the name of the digest
+            assert all(read[name] == value for name, value in meant.items() if name != "sha256")
+            named += 1
+    assert named == 300
+
+
 def test_a_damaged_missing_or_foreign_file_is_named(finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
     block = out / "block_001.safetensors"
@@ -364,6 +382,12 @@ def test_a_damaged_missing_or_foreign_file_is_named(finished, tmp_path):
     (out / artifact.MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(ValueError, match="format 99.*reads formats 1 and 2"):
         artifact.load(out)
+    first = {name: value for name, value in manifest.items() if name not in ("special", "sha256")} | {"format": 1}
+    (out / artifact.MANIFEST).write_text(json.dumps(first))
+    (out / block.name).write_bytes((finished[0] / block.name).read_bytes())
+    old, new = artifact.load(out), artifact.load(finished[0])  # the first format is read, too
+    assert old.special == {} and weights.rest(old.params).keys() == weights.rest(new.params).keys()
+    np.testing.assert_array_equal(old.params["blocks"][1]["up"].dense(), new.params["blocks"][1]["up"].dense())
     (out / artifact.MANIFEST).write_text("[]")
     with pytest.raises(ValueError, match="not a manifest"):
         artifact.load(out)

@@ -12,7 +12,7 @@ import pytest
 
 from caldera_jax import files
 
-BEING_RUN = ("recovery",)
+BEING_RUN: tuple[str, ...] = ()
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
@@ -159,3 +159,15 @@ def test_committed_results_are_those_of_the_full_preset_and_make_the_committed_f
     assert (machinery.FIGURES / f"{name}.png").is_file() and experiment.verdict(found)
     assert all(panel.has_data() for panel in experiment.draw(found).axes)
     pyplot.close("all")
+
+
+def test_generation_is_measured_packed_and_dense_and_both_say_the_same(results, capsys):
+    import generation
+
+    generation.main(generation.Config("tiny-smoke", tokens=4, batches=(2,), repeats=1))
+    record = json.loads((results / "generation_tiny-smoke.json").read_text())
+    [row] = record["rows"]
+    assert row["tokens"] == row["same_tokens"] == 8 and record["config_hash"]
+    for name, ratio in row["dense_over_packed"].items():
+        assert ratio == row["dense"][name] / row["packed"][name] > (2 if name == "layer_bytes" else 0)
+    assert row["packed"]["token_rate"] > 0 and "8 of 8 tokens are the same" in capsys.readouterr().out

@@ -260,7 +260,7 @@ def altered(source, target, **changes):
     shutil.copytree(source, target)
     manifest = json.loads((target / artifact.MANIFEST).read_text())
     manifest["run"]["config"] |= changes
-    files.write_json(target / artifact.MANIFEST, manifest)
+    files.write_json(target / artifact.MANIFEST, manifest | {"sha256": artifact.digest(manifest)})
     return target
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import re
 import resource
 import textwrap
 import tracemalloc
@@ -134,7 +133,8 @@ def decoder():
     return scope
 
 
-@pytest.mark.parametrize(("m", "n", "rank"), [(24, 576, 5), (576, 24, 16), (40, 28, 3), (64, 12, 1), (12, 20, 9)])
+@pytest.mark.parametrize(("m", "n", "rank"), [(24, 576, 5), (576, 24, 16), (40, 28, 3), (64, 12, 1), (12, 20, 9),
+                                             (8, 344, 2)])
 def test_the_decoder_in_the_docstring_reads_a_layer_from_its_file(tmp_path, m, n, rank):
     """float32 sums of n products each, here in float64: n units in the last place of the largest weight are enough."""
     layer = random_layer(m, m, n, rank)
@@ -152,17 +152,23 @@ def test_every_lattice_point_is_decoded_alike():
     np.testing.assert_array_equal(decoder()["e8p"](code), wanted.reshape(-1, 8))
 
 
-def test_the_docstring_tells_the_transform_of_the_width_of_llama_2():
-    """Order 172 from the four sequences in the text."""
-    text = artifact.__doc__.replace("\n", " ").split("is set")[0]
-    words = [int(word, 16) for word in re.findall(r"\b[0-9a-f]{11}\b", text[text.rindex("where bit t of"):])]
-    i = np.arange(43)
-    a, b, c, d = (1 - 2 * (word >> i & 1)[(i[:, None] - i) % 43] for word in words)
-    j = np.eye(43, dtype=int)[::-1]
-    found = np.block([[a, b @ j, c @ j, d @ j], [-b @ j, a, d.T @ j, -c.T @ j], [-c @ j, -d.T @ j, a, b.T @ j],
-                      [-d @ j, c.T @ j, -b.T @ j, a]])
-    np.testing.assert_array_equal(found, hadamard.hadamard_matrix(172))
+def test_the_docstrings_matrices_are_those_of_every_width_that_it_does_not_refuse():
+    """Also of the width of LLaMA-2 7B, 11008 = 64 · 172."""
     assert hadamard.factor(11008) == (64, 172, "hadamard")
+    np.testing.assert_array_equal(decoder()["goethals_seidel"](), hadamard.hadamard_matrix(172))
+    refused = []
+    for n in range(12, 1030, 4):
+        power, order, kind = hadamard.factor(n)
+        try:
+            found = decoder()["side"](np.zeros(-(-n // 8), np.uint8), n)
+        except ValueError as error:
+            assert "see hadamard.factor" in str(error)
+            refused.append(order if kind == "hadamard" else kind)
+        else:
+            power = n if kind == "sylvester" else power
+            wanted = np.kron(hadamard.hadamard_matrix(power), hadamard.hadamard_matrix(n // power))
+            np.testing.assert_allclose(found * np.sqrt(n), wanted, atol=1e-12)
+    assert set(refused) == {52, 92, 100, 116, 156, 244, "cosine"}
 
 
 @pytest.mark.parametrize("bits", [3, 5, 8])

@@ -107,6 +107,10 @@ TEXT = ["--text", "text.txt", "--windows", "22", "--window", "32", "--aside", "6
     (["finetune", "compressed", "--out", "new", *TEXT, "--preset", "rte", "--text", "few.txt"],
      "few.txt: not a file of JSON lines"),
     (["finetune", "model", "--out", "new", *TEXT], "model: no compressed model"),
+    (["finetune", "compressed", "--out", "new", *TEXT, "--goal", "text", "--temperature", "2", "--factor-rate", "1"],
+     "--temperature, --factor-rate: of no effect with goal text, 0 ranks and trained signs"),
+    (["finetune", "compressed", "--out", "new", *TEXT, "--signs", "False", "--ranks", "1", "--sign-rate", "1"],
+     "--sign-rate: of no effect"),
     (["export", "compressed", "--to", "gguf", "--out", "new.bin"], "let --out end in .gguf"),
     (["export", "compressed", "--to", "hf", "--out", "model"], "model exists"),
     (["export", "compressed", "--to", "hf", "--out", "new", "--dtype", "float16"], "float16"),
@@ -136,6 +140,14 @@ def test_a_compressed_model_that_is_truncated_changed_or_of_another_base_is_name
             assert "copy/block_001.safetensors: missing, or its SHA-256 differs" in said
             assert not Path("new").exists()
     shutil.copytree("compressed", "copy", dirs_exist_ok=True)
+    manifest = Path("copy/manifest.json").read_text()
+    for old, new in (('"norm_eps": 1e-05', '"norm_eps": 1e-04'), ('"norm_eps"', '"nosm_eps"'),
+                     ('"files": {', '"filed": {')):
+        assert old in manifest
+        Path("copy/manifest.json").write_text(manifest.replace(old, new, 1))
+        for command in commands:
+            assert "copy/manifest.json: " in refused(monkeypatch, capsys, *command)
+    Path("copy/manifest.json").write_text(manifest)
     for path in Path("model").glob("*.safetensors"):  # another model under the name of the base
         tensors = files.read_arrays(path)
         path.write_bytes(save({name: 2 * value for name, value in tensors.items()}))

@@ -168,6 +168,15 @@ def test_the_losses_are_those_of_the_definitions(small):
     own = -np.log(np.take_along_axis(softmax(logits)[:, :-1], tokens[:, 1:, None], -1)).mean()
     assert float(text.loss(wide(free), text.place(Batch(tokens)))) == pytest.approx(own, rel=1e-6)
     assert float(finetune.soft_loss(jnp.asarray(logits[0]), jnp.asarray(logits[0]), 3.0)) == 0
+    batch, classifier = goals(small)["labels"], np.asarray(gaussian(3, config.dim), np.float64)
+    model, free = finetune.student(config, params | {"classifier": classifier}, TrainConfig(goal="labels", batch=4), 3)
+    np.testing.assert_array_equal(free["classifier"], classifier.astype(np.float32))  # it goes on from there
+    x = np.asarray(model.streams(wide(free), model.place(batch))[-1])[np.arange(4), batch.lengths - 1]
+    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * params["norm"]
+    q = softmax(x @ classifier.astype(np.float32).astype(np.float64).T)
+    own = -np.log(q[np.arange(4), batch.labels]).mean()
+    assert float(model.loss(wide(free), model.place(batch))) == pytest.approx(own, rel=1e-6)
+    assert finetune.accuracy(model, wide(free), batch) == np.mean(q.argmax(-1) == batch.labels)
 
 
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
@@ -271,6 +280,17 @@ def test_a_training_that_only_harms_keeps_what_was_there(place):
     row = finetune.finetune(settings(place, dataclasses.replace(QUICK, sign_rate=30.0, epochs=1)), place / "harmed")
     assert min(row["finetune"][-1]["validation"][1:]) > row["finetune"][-1]["validation"][0]
     assert row["compressed_perplexity"] == pytest.approx(row["finetune"][-1]["perplexity_before"], rel=1e-6)
+    harmful = dataclasses.replace(QUICK, sign_rate=30.0, epochs=0, reconstruct=1)
+    row = finetune.finetune(settings(place, harmful), place / "harmed in every block")
+    assert all(before == after for before, after in row["finetune"][-1]["fits"])
+    assert row["compressed_perplexity"] == pytest.approx(row["finetune"][-1]["perplexity_before"], rel=1e-6)
+
+
+def test_parts_of_a_batch_are_fitted_as_the_whole(place, tmp_path):
+    train = dataclasses.replace(QUICK, reconstruct=1, epochs=0)
+    whole, parts = (finetune.finetune(settings(place, one), tmp_path / str(one.accumulate))["finetune"][-1]["fits"]
+                    for one in (train, dataclasses.replace(train, accumulate=4)))
+    np.testing.assert_allclose(parts, whole, rtol=1e-3)
 
 
 @pytest.mark.parametrize("train", [QUICK, dataclasses.replace(QUICK, reconstruct=1, epochs=1, ranks=1)],
@@ -357,12 +377,13 @@ def test_classes_of_lines_are_learned(place, tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "lines.jsonl"
     words = {"yes": "aaaa bb", "no": "zzz yy x"}
     rows = [{"text": words[label] + str(rng.integers(9)), "label": label} for label in ("yes", "no") * 20]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    rows[3]["text"] += "\u2028"  # no end of a line in JSON
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     train = TrainConfig(goal="labels", epochs=6, factor_rate=3e-2, validate=100)
     config = FinetuneConfig(str(place / "compressed"), train, Tokens(str(path), 40, 16), 8)
     row = finetune.finetune(config, tmp_path / "out")["finetune"][-1]
     assert row["classes"] == ["no", "yes"] and row["validation"][0] == pytest.approx(np.log(2), rel=1e-6)
-    assert row["validation"][-1] < 0.3
+    assert row["validation"][-1] < 0.3 and row["accuracy"] == 1 and row["fits"] == []
     assert artifact.load(tmp_path / "out").params["classifier"].shape == (2, tiny.SQUARE.dim)
 
 
@@ -396,6 +417,19 @@ def test_bad_input_is_named(place, finished, tmp_path):
         finetune.finetune(dataclasses.replace(settings(place), source=str(tmp_path)), tmp_path / "out")
     with pytest.raises(ValueError, match="too short"):
         finetune.finetune(settings(place, windows=9000), tmp_path / "out")
+    with pytest.raises(ValueError, match="2 windows to train on, and a batch takes 4"):
+        finetune.finetune(settings(place, windows=8), tmp_path / "out")
+    text = {"evaluation": {"text": str(place / "text.txt")}, "calibration": {"text": "enwiki"}}
+    with pytest.raises(ValueError, match="is evaluated on all of .*text.txt, as it was calibrated on another"):
+        finetune.read(settings(place), artifact.load(place / "compressed"), text)
+    flat = compress_matrix(jax.random.key(0), gaussian(8, 8), hessian("power", 8),
+                           dataclasses.replace(CHEAP, rank=0, rotation="orthogonal"))[0]
+    bare = {"blocks": [{"q": flat}], "embed": np.zeros((4, 8)), "norm": np.ones(8)}
+    for train, message in ((TrainConfig(), "signs are to be trained, and no layer has any"),
+                           (TrainConfig(signs=False, ranks=1), "ranks are to be trained, and no layer has any")):
+        with pytest.raises(ValueError, match=message):
+            finetune.student(tiny.SQUARE, bare, train)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="exceed the model's context"):
         finetune.finetune(dataclasses.replace(settings(place), text=Tokens(windows=8, window=999), aside=1), tmp_path)
     with pytest.raises(ValueError, match="belongs to another run"):
@@ -406,7 +440,7 @@ def test_bad_input_is_named(place, finished, tmp_path):
         settings(place, aside=22)
     whole = json.loads((place / "finished" / artifact.MANIFEST).read_text())
     whole["run"]["model_sha256"] = "0"
-    (tmp_path / artifact.MANIFEST).write_text(json.dumps(whole))
+    (tmp_path / artifact.MANIFEST).write_text(json.dumps(whole | {"sha256": artifact.digest(whole)}))
     with pytest.raises(ValueError, match="is not the model that .* was compressed from"):
         artifact.base(tmp_path)
 
@@ -422,5 +456,6 @@ def test_devices_that_share_a_batch_find_the_same_losses(place, finished, tmp_pa
                           env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
     assert done.returncode == 0, done.stderr
     found = files.read_json(tmp_path / "out" / "report.json")["finetune"][-1]
-    # sums in another order, in float32, and Adam divides by what may be small
-    np.testing.assert_allclose(found["losses"], finished["finetune"][-1]["losses"], rtol=1e-3)
+    # sums in another order, in float32, and Adam divides by what may be small; six windows on four devices
+    for name in ("losses", "validation"):
+        np.testing.assert_allclose(found[name], finished["finetune"][-1][name], rtol=1e-3)

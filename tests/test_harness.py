@@ -22,6 +22,7 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'ca
 
 import datasets  # noqa: E402
 import lm_eval  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
 
 from caldera_jax import CalderaConfig, compress_matrix, export, harness  # noqa: E402
 from caldera_jax.harness import CalderaLM, TaskConfig  # noqa: E402
@@ -118,6 +119,8 @@ def test_answers_and_metrics_are_those_of_lm_eval_and_transformers_on_the_export
         assert metrics[task] == expected_metrics[task]
     bits = metrics["local_pages"]["bits_per_byte,none"], expected_metrics["local_pages"]["bits_per_byte,none"]
     close(*bits)
+    blank = Instance("loglikelihood", {}, (" ", "the"), 0)  # a context that lm_eval gives to the continuation
+    close(*(side.loglikelihood([blank])[0][0] for side in (lm, other)))
 
 
 def log_probabilities(model, row):

@@ -137,11 +137,17 @@ def token_windows(
         size *= 2
 
 
+def same_text(one: str, other: str) -> bool:
+    """Whether two names are of one text: a built-in's, or paths to one place."""
+    place = lambda name: Path(name).expanduser().resolve()
+    return one == other or (one not in TEXTS and other not in TEXTS and place(one) == place(other))
+
+
 def windows_beside(tokenizer: Tokenizer, text: Tokens, other: str,
                    part: Literal["calibration", "evaluation"]) -> Int32[np.ndarray, "count window"]:
     """Windows of a text; where ``other`` is the same text, of this part of it (``split``)."""
     documents = load_text(text.text)
-    if text.text == other:
+    if same_text(text.text, other):
         documents = split(documents)[part == "evaluation"]
     return token_windows(tokenizer, documents, text.window, text.windows, part)
 

@@ -4,6 +4,7 @@ What a tokenizer does not say itself is in a dict beside it, ``special``, with t
 tokens that are bos_token, eos_token, unk_token and pad_token, and the chat_template; each where it is known.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from itertools import takewhile
@@ -62,6 +63,8 @@ def special_from_directory(path: str | Path) -> dict[str, str]:
     """``special`` out of ``path/tokenizer_config.json`` and ``chat_template.jinja``; empty where there are none."""
     file, template = Path(path) / "tokenizer_config.json", Path(path) / "chat_template.jinja"
     raw = files.read_json(file) if file.is_file() else {}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object: download it again")
     found = {role: raw.get(role) for role in (*_ROLES, "chat_template")}
     found = {role: value.get("content") if isinstance(value, dict) else value for role, value in found.items()}
     found |= {"chat_template": template.read_text("utf-8")} if template.is_file() else {}
@@ -157,7 +160,8 @@ def to_gguf(tokenizer: Tokenizer, special: Mapping[str, str], vocab: int) -> dic
         byte = token is not None and raw["model"]["byte_fallback"] and token in _BYTES
         return _UNUSED if token is None else _BYTE if byte else _NORMAL
 
-    fields = {"tokens": [token or f"[PAD{i}]" for i, token in enumerate(tokens)],
+    padding = (name for i in itertools.count() if tokenizer.token_to_id(name := f"[PAD{i}]") is None)
+    fields = {"tokens": [next(padding) if token is None else token for token in tokens],
               "token_type": [type_of(token) for token in tokens]}
     if raw["model"]["byte_fallback"]:
         fields |= {"model": "llama", "scores": [-float(rank.get(token, len(rank))) for token in tokens],
