@@ -167,8 +167,8 @@ def draw(results: Sequence[Result]):
                         course, f"C{i}")
         first.axhline(np.mean([r["wikipedia"]["base"] for r in results if r["config"]["model"] == model]), color="0.5",
                       linestyle="--", label="dense")
-        first.set(xlabel="stored bits per weight", ylabel="perplexity", yscale="log", title=f"{model}, held-out text")
-        second.set(xlabel="step", ylabel="soft loss, nats a token", yscale="log", title=f"{model}, validation")
+        first.set(xlabel="stored bits per weight", ylabel="perplexity", title=f"{model}, held-out text")
+        second.set(xlabel="step", ylabel="soft loss, nats a token", title=f"{model}, validation")
         first.legend()
     return figure
 
