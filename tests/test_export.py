@@ -292,6 +292,15 @@ def test_a_byte_level_tokenizer_comes_back_from_gguf(tmp_path, pre):
         assert back.tokenizer.encode(text).ids == model.tokenizer.encode(text).ids
 
 
+def test_a_token_that_is_called_as_padding_is_keeps_its_name(tmp_path):
+    made = byte_level("gpt-2")
+    made.add_tokens(["[PAD419]"])
+    export.export(make(PLAIN, made, {}), "gguf", tmp_path / "m.gguf")
+    names = tokenizer.contents(convert.read_gguf(tmp_path / "m.gguf"))["tokenizer.ggml.tokens"]
+    assert names[made.token_to_id("[PAD419]")] == "[PAD419]" and names[-1] == "[[PAD419]]"
+    assert convert.load(tmp_path / "m.gguf").tokenizer.encode("a[PAD419]").ids == made.encode("a[PAD419]").ids
+
+
 @pytest.mark.parametrize(("prefix", "bos"), [(True, True), (False, True), (True, False)])
 def test_a_sentencepiece_tokenizer_comes_back_from_gguf(tmp_path, prefix, bos):
     model = make(dataclasses.replace(PLAIN, vocab=460), sentencepiece(prefix, bos), {"eos_token": "</s>"})

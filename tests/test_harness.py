@@ -119,8 +119,9 @@ def test_answers_and_metrics_are_those_of_lm_eval_and_transformers_on_the_export
         assert metrics[task] == expected_metrics[task]
     bits = metrics["local_pages"]["bits_per_byte,none"], expected_metrics["local_pages"]["bits_per_byte,none"]
     close(*bits)
-    blank = Instance("loglikelihood", {}, (" ", "the"), 0)  # a context that lm_eval gives to the continuation
-    close(*(side.loglikelihood([blank])[0][0] for side in (lm, other)))
+    blank = Instance("loglikelihood", {}, (" ", "the"), 0)  # all goes to the continuation; HFLM refuses it without BOS
+    row = [*([] if bos else [lm.prefix_token_id]), *lm.tok_encode(" the")]
+    close(lm.loglikelihood([blank])[0][0], log_probabilities(model, row)[range(len(row) - 1), row[1:]].sum())
 
 
 def log_probabilities(model, row):

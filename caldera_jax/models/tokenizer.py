@@ -4,7 +4,6 @@ What a tokenizer does not say itself is in a dict beside it, ``special``, with t
 tokens that are bos_token, eos_token, unk_token and pad_token, and the chat_template; each where it is known.
 """
 
-import itertools
 import json
 from collections.abc import Mapping
 from itertools import takewhile
@@ -160,8 +159,10 @@ def to_gguf(tokenizer: Tokenizer, special: Mapping[str, str], vocab: int) -> dic
         byte = token is not None and raw["model"]["byte_fallback"] and token in _BYTES
         return _UNUSED if token is None else _BYTE if byte else _NORMAL
 
-    padding = (name for i in itertools.count() if tokenizer.token_to_id(name := f"[PAD{i}]") is None)
-    fields = {"tokens": [next(padding) if token is None else token for token in tokens],
+    def padding(name):  # llama.cpp's, unless a token has it
+        return name if tokenizer.token_to_id(name) is None else padding(f"[{name}]")
+
+    fields = {"tokens": [padding(f"[PAD{i}]") if token is None else token for i, token in enumerate(tokens)],
               "token_type": [type_of(token) for token in tokens]}
     if raw["model"]["byte_fallback"]:
         fields |= {"model": "llama", "scores": [-float(rank.get(token, len(rank))) for token in tokens],
