@@ -3,7 +3,7 @@
     python experiments/generation.py                   # SmolLM2-135M at k = 32, as ``recovery.py`` compresses it
     python experiments/generation.py --model tiny-smoke    # seconds
 
-Each measurement is a process of its own, packed and dense in turn; the record, results/generation.json, holds them all.
+Each measurement is a process of its own, packed and dense in turn; results/generation.json holds their medians.
 """
 
 from dataclasses import dataclass

@@ -326,15 +326,17 @@ def test_cut_off_and_started_again_it_ends_with_the_same_bytes(place, finished, 
 def test_a_full_disk_keeps_the_last_state_and_says_so(place, finished, tmp_path, monkeypatch):
     """Wherever it fills: at a checkpoint of orbax, at a layer, at the report."""
     out, write = tmp_path / "out", files.write
-    full = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
-    save, counted = finetune.Keeper.save, []
-    for target, name, at in ((finetune.Keeper, "save", 3), (files, "write", "blocks.1.up.safetensors"),
+    full = lambda error: (_ for _ in ()).throw(error)
+    manager = finetune.ocp.CheckpointManager
+    save, counted = manager.save, []
+    for target, name, at in ((manager, "save", 3), (files, "write", "blocks.1.up.safetensors"),
                              (files, "write", "report.json")):
-        def fails(*arguments, name=name, at=at):
+        def fails(*arguments, name=name, at=at, **more):
             if name == "save":
-                counted.append(0)
-                return full() if len(counted) == at else save(*arguments)
-            return full() if arguments[0].name == at else write(*arguments)
+                counted.append(0)  # tensorstore says it in its own words
+                return full(ValueError("RESOURCE_EXHAUSTED")) if len(counted) == at else save(*arguments, **more)
+            gone = OSError(errno.ENOSPC, "No space left on device")
+            return full(gone) if arguments[0].name == at else write(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(target, name, fails)
