@@ -3,8 +3,7 @@
 A layer computes diag(s) Tᵀ (Q + L R) T diag(t) x, T the fast transform and s, t the signs: linear in each, so that they
 may be trained as reals (QuIP#, arXiv 2402.04396, section 5), and so may the first r columns of L and rows of R
 (CALDERA, arXiv 2405.18886, section 3).  A step goes through the model block by block, forward and back, and keeps only
-the streams between blocks; within a block the gradient decodes a few rows of Q at a time (E8P of 2 and 4 bits); of Q on
-other grids it holds the dense layers of one block.
+the streams between blocks; within a block the gradient decodes a few rows of Q at a time.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ import tiny
 from matrices import gaussian, hessian
 from test_compress import weight_files
 
-from caldera_jax import CalderaConfig, apply, artifact, cli, compress_matrix, files, finetune
+from caldera_jax import CalderaConfig, apply, artifact, cli, compress_matrix, files, finetune, packing
 from caldera_jax.compress import RunConfig, compress
 from caldera_jax.finetune import Batch, FinetuneConfig, TrainConfig, loosen
 from caldera_jax.linear import CompressedLinear
@@ -191,23 +191,28 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradient, found[0][1])
 
 
-def test_a_gradient_holds_less_than_one_dense_layer():
-    """What XLA asks for beside arguments and results, for a layer whose rows are decoded a mebibyte at a time."""
-    n, k = 2048, 16
-    part = lambda rows: finetune.Packed(jax.ShapeDtypeStruct((rows, n // 4), np.uint8),
-                                        jax.ShapeDtypeStruct((1, 1), np.float32))
-    config = CalderaConfig(rank=k, factor_bits=2)
-    grids = (config.q_grid, *config.factor_grids)
-    side = jax.ShapeDtypeStruct((n,), np.float32)
-    layer = CompressedLinear(part(n), part(k), part(k), side, side, (n, n), grids)
-    x = jax.ShapeDtypeStruct((8, n), np.float32)
+@pytest.mark.parametrize(("dim", "tokens"), [(1024, 8), (4096, 64)])
+@pytest.mark.parametrize(("quantizer", "bits"), [("e8p", 2), ("e8p", 3), ("nf", 4)])
+def test_the_gradient_of_a_block_holds_less_than_one_dense_layer(quantizer, bits, dim, tokens):
+    """What XLA asks for beside arguments and results, for seven layers decoded a few rows at a time."""
+    caldera = CalderaConfig(rank=16, quantizer=quantizer, q_bits=bits, factor_bits=4)
+    grids = (caldera.q_grid, *caldera.factor_grids)
+    number = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
 
-    def pull(layer, sides, x, pulled):
-        function = lambda sides, x: apply(dataclasses.replace(layer, left_side=sides[0], right_side=sides[1]), x)
-        return jax.vjp(function, sides, x)[1](pulled)
+    def part(grid, rows, width):
+        codes = jax.ShapeDtypeStruct((rows, packing.row_bytes(-(-width // grid.block), grid.code_bits)), np.uint8)
+        return finetune.Packed(codes, number(1, 1) if grid.group is None else number(rows, -(-width // grid.group)))
 
-    memory = jax.jit(pull).lower(layer, (side, side), x, x).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * n * n / 2
+    config = llama.LlamaConfig(8, dim, layers=1, heads=4, kv_heads=4, head_dim=dim // 4, ffn_dim=dim)
+    block = {name: CompressedLinear(*(part(grid, rows, width) for grid, rows, width in
+                                      zip(grids, (m, 16, 16), (n, m, n), strict=True)),
+                                    number(m), number(n), (m, n), grids)
+             for name, (m, n) in llama.shapes(config).items()}
+    free = {name: {"left_side": layer.left_side, "right_side": layer.right_side} for name, layer in block.items()}
+    vectors = {name: number(*shape) for name, shape in llama.vector_shapes(config).items()}
+    x = number(1, tokens, dim)
+    memory = finetune._pull.lower(config, {**block, **vectors}, free, x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * dim * dim
 
 
 # ---- the optimizer

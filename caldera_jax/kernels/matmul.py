@@ -29,7 +29,7 @@ there is nothing to gain, and at 4 bits on a GPU decoding once into a dense matr
 Nothing here was run on an accelerator; see the status in ``kernels``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -110,24 +110,30 @@ def reference(x: Float[Array, "b n"], parts: Parts, stages, m: int) -> Float[Arr
 
 
 def _times(x, part, stages, wide):
-    """x Wᵀ for the rows W of a part, summed and returned in the dtype ``wide``.
-
-    A tile of rows is decoded, about a mebibyte, and multiplied while it is in the cache; a gradient decodes it again.
-    W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at least, since its product with fewer
-    columns takes twice as long.
-    """
+    """x Wᵀ for the rows W of a part, summed and returned in the dtype ``wide``."""
     if stages is None:
         return jnp.matmul(part.astype(x.dtype), x.T, preferred_element_type=wide).T
-    (b, n), rows, codes = x.shape, len(part.codes), _bytes(part, stages, x.shape[1])
-    columns = 8 * -(-n // 8)
-    x = jnp.pad(x, ((0, max(8 - b, 0)), (0, columns - n)))
-    apart = x.reshape(len(x), -1, 8).transpose(2, 1, 0).reshape(columns, -1)  # as ``_apart`` has the columns
-    tiles = -(-rows * columns >> (18 if b < 64 else 20))
-    tile = -(-rows // max(tiles, 1))
-    codes = jnp.pad(codes, ((0, -rows % tile), (0, 0))).reshape(-1, tile, codes.shape[1])
-    product = lambda codes: jnp.matmul(_apart(codes, stages, x.dtype), apart, preferred_element_type=wide)
-    y = lax.map(jax.checkpoint(product), codes)
-    return y.reshape(-1, len(x))[:rows, :b].T * part.scale.astype(wide)
+    codes = _bytes(part, stages, x.shape[1])
+    x = _pad(x, 8)
+    apart = x.reshape(len(x), -1, 8).transpose(0, 2, 1).reshape(x.shape)  # as ``_apart`` has the columns
+    return by_rows(apart, codes, lambda codes: _apart(codes, stages, x.dtype), wide) * part.scale.astype(wide)
+
+
+def by_rows(x: Float[Array, "b n"], arrays, decode: Callable, dtype) -> Float[Array, "b rows"]:
+    """x Wᵀ in ``dtype`` for W [rows, n] = decode(arrays), where a row of each array stands for a row of W.
+
+    A tile of rows is decoded, one mebibyte or four in single precision and half of W at most (a loop of one step is no
+    loop to XLA, which then decodes the layers of a model side by side), and multiplied while it is in the cache; a
+    gradient decodes it again.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at least,
+    since its product with fewer columns takes twice as long.
+    """
+    (b, n), rows = x.shape, len(jax.tree.leaves(arrays)[0])
+    columns = jnp.pad(x, ((0, max(8 - b, 0)), (0, 0))).T
+    tile = -(-rows // max(-(-rows * n >> (18 if b < 64 else 20)), 2))
+    tiles = jax.tree.map(lambda a: jnp.pad(a, ((0, -rows % tile), (0, 0))).reshape(-1, tile, a.shape[1]), arrays)
+    product = lambda tile: jnp.matmul(decode(tile), columns, preferred_element_type=dtype)
+    y = lax.map(jax.checkpoint(product), tiles)
+    return y.reshape(-1, columns.shape[1])[:rows, :b].T
 
 
 def _bytes(part, stages, width):
