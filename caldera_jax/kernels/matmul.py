@@ -103,36 +103,36 @@ def reference(x: Float[Array, "b n"], parts: Parts, stages, m: int) -> Float[Arr
     """``multiply`` in plain JAX, as a CPU runs it: no more than a few rows of Q are dense at a time."""
     q, left_t, right = parts
     wide = jnp.dtype(jnp.float32) if x.dtype.itemsize < 4 else x.dtype  # of sums and of t, which half may overflow
-    y = jnp.zeros((len(x), m), wide) if q is None else _times(x, q, stages[0], wide)
+    y = jnp.zeros((len(x), m), wide) if q is None else _times(x, q, stages[0], wide, 2)
     if left_t is not None:
         y = y + _times(x, right, stages[2], wide) @ decode(left_t, stages[1], m, wide)
     return y.astype(x.dtype)
 
 
-def _times(x, part, stages, wide):
-    """x Wᵀ for the rows W of a part, summed and returned in the dtype ``wide``."""
+def _times(x, part, stages, wide, tiles=1):
+    """x Wᵀ for the rows W of a part, in so many tiles at least, summed and returned in the dtype ``wide``."""
     if stages is None:
         return jnp.matmul(part.astype(x.dtype), x.T, preferred_element_type=wide).T
     codes = _bytes(part, stages, x.shape[1])
     x = _pad(x, 8)
     apart = x.reshape(len(x), -1, 8).transpose(0, 2, 1).reshape(x.shape)  # as ``_apart`` has the columns
-    return by_rows(apart, codes, lambda codes: _apart(codes, stages, x.dtype), wide) * part.scale.astype(wide)
+    return by_rows(apart, codes, lambda codes: _apart(codes, stages, x.dtype), wide, tiles) * part.scale.astype(wide)
 
 
-def by_rows(x: Float[Array, "b n"], arrays, decode: Callable, dtype) -> Float[Array, "b rows"]:
+def by_rows(x: Float[Array, "b n"], arrays, decode: Callable, dtype, tiles: int = 2) -> Float[Array, "b rows"]:
     """x Wᵀ in ``dtype`` for W [rows, n] = decode(arrays), where a row of each array stands for a row of W.
 
-    A tile of rows is decoded, one mebibyte or four in single precision and half of W at most (a loop of one step is no
-    loop to XLA, which then decodes the layers of a model side by side), and multiplied while it is in the cache; a
-    gradient decodes it again.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at least,
-    since its product with fewer columns takes twice as long.
+    A tile of rows is decoded, one mebibyte or four in single precision, and multiplied while it is in the cache; a
+    gradient decodes it again.  Two ``tiles`` at least: a loop of one step is no loop to XLA, which then decodes the
+    layers of a model side by side.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at
+    least, since its product with fewer columns takes twice as long.
     """
     (b, n), rows = x.shape, len(jax.tree.leaves(arrays)[0])
     columns = jnp.pad(x, ((0, max(8 - b, 0)), (0, 0))).T
-    tile = -(-rows // max(-(-rows * n >> (18 if b < 64 else 20)), 2))
-    tiles = jax.tree.map(lambda a: jnp.pad(a, ((0, -rows % tile), (0, 0))).reshape(-1, tile, a.shape[1]), arrays)
+    tile = -(-rows // max(-(-rows * n >> (18 if b < 64 else 20)), tiles))
+    apart = jax.tree.map(lambda a: jnp.pad(a, ((0, -rows % tile), (0, 0))).reshape(-1, tile, a.shape[1]), arrays)
     product = lambda tile: jnp.matmul(decode(tile), columns, preferred_element_type=dtype)
-    y = lax.map(jax.checkpoint(product), tiles)
+    y = lax.map(jax.checkpoint(product), apart)
     return y.reshape(-1, columns.shape[1])[:rows, :b].T
 
 
