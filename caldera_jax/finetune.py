@@ -120,8 +120,8 @@ def loosen(layer: CompressedLinear, signs: bool, ranks: int) -> tuple[Compressed
 
 
 def _balanced(left_t: Array, right: Array) -> tuple[Array, Array]:
-    """Factors of one size and the same product: the entries of CALDERA's R are hundreds of times those of its L, and
-    Adam moves all by one length.  By a power of two, so that nothing is rounded; not where one of them is 0."""
+    """Factors of one size and the same product: the scale of W is in CALDERA's L alone (``linear.pack``), and Adam
+    moves all by one length.  By a power of two, so that nothing is rounded; not where one of them is 0."""
     of_left, of_right = (jnp.sqrt(jnp.mean(factor**2)) for factor in (left_t, right))
     by = jnp.round(jnp.log2(jnp.where(of_left * of_right > 0, of_right / of_left, 1)) / 2).astype(jnp.int32)
     return jnp.ldexp(left_t, by), jnp.ldexp(right, -by)

@@ -18,7 +18,7 @@ from caldera_jax import hessian, incoherence, kernels
 from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, dequantize
 from caldera_jax.decompose import CalderaConfig, Decomposition, Trace, caldera
 from caldera_jax.incoherence import Rotation
-from caldera_jax.kernels.matmul import Packed, by_rows, multiply
+from caldera_jax.kernels.matmul import Packed, Rows, multiply
 from caldera_jax.packing import pack as pack_codes
 from caldera_jax.packing import pack_signs, unpack, unpack_signs
 
@@ -110,8 +110,8 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     """x @ weightᵀ in the dtype of x, for a dense [m, n] array or a compressed weight.
 
     A compressed weight is never put together: x is rotated, multiplied by Q and, beside it, by R and L, and rotated
-    back.  Q is decoded a few rows at a time, and again for a gradient: E8P of 2 and 4 bits with one scale by
-    ``kernels.matmul``, other grids in plain JAX.  Raises ValueError where the last axis of x is not n.
+    back.  Q is decoded a few rows at a time, and again for a gradient (``kernels.matmul``).
+    Raises ValueError where the last axis of x is not n.
     """
     x, (m, n) = jnp.asarray(x), weight.shape
     if x.shape[-1] != n:
@@ -120,24 +120,21 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     if not isinstance(weight, CompressedLinear):  # not x Wᵀ: for few rows of x XLA on a CPU transposes W first
         return (jnp.asarray(weight).astype(x.dtype) @ rows.T).T.reshape(*x.shape[:-1], m)
     sides, stages = weight.sides(x.dtype), tuple(_stages(grid) for grid in weight.grids)
+    q = weight.q if stages[0] or weight.q is None else _rows(weight.grids[0], weight.q, n)
     left_t, right = (part if stage else _decode(grid, part, width) for part, stage, grid, width in
                      zip((weight.left_t, weight.right), stages[1:], weight.grids[1:], (m, n), strict=True))
     rotated = incoherence.forward(sides.right, rows)
-    y = multiply(rotated, (weight.q if stages[0] else None, left_t, right), stages, m)
-    if weight.q is not None and not stages[0]:
-        y = y + _times(rotated, weight.grids[0], weight.q)
+    y = multiply(rotated, (q, left_t, right), stages, m)
     if weight.trained is not None:
         left_t, right = (jnp.asarray(factor).astype(x.dtype) for factor in weight.trained)
         y = y + rotated @ right.T @ left_t
     return incoherence.backward(sides.left, y).reshape(*x.shape[:-1], m)
 
 
-def _times(x, grid, part):
-    """x Qᵀ for the rows of Q on any grid."""
-    def values(tile):
-        codes, scale = tile
-        return _decode(grid, Packed(codes, part.scale if scale is None else scale), x.shape[1]).astype(x.dtype)
-    return by_rows(x, (part.codes, None if grid.group is None else part.scale), values, x.dtype)
+def _rows(grid, part, n):
+    """Q on any grid, to be decoded where it is multiplied."""
+    decode = lambda codes, scale=part.scale: _decode(grid, Packed(codes, scale), n)
+    return Rows((part.codes,) if grid.group is None else tuple(part), decode)
 
 
 def _stages(grid: Codebook | None) -> tuple[float, ...] | None:

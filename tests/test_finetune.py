@@ -191,11 +191,11 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradient, found[0][1])
 
 
-@pytest.mark.parametrize(("dim", "tokens", "most"), [(2048, 8, 1), (1024, 64, 4)])
+@pytest.mark.parametrize(("dim", "tokens", "most"), [(2048, 8, 0.5), (1024, 64, 3)])
 @pytest.mark.parametrize(("quantizer", "bits"), [("e8p", 2), ("e8p", 3), ("nf", 4)])
 def test_the_gradient_of_a_block_holds_no_dense_layer_but_the_one_at_hand(quantizer, bits, dim, tokens, most):
     """What XLA asks for beside arguments and results, in dense layers of the seven: a tile, and streams, of which 64
-    tokens have some 2.5 in units of a layer of 1024, whose tile would be the layer were it not cut in two."""
+    tokens have some two in units of a layer of 1024, whose tile would be the layer were it not cut in two."""
     caldera = CalderaConfig(rank=16, quantizer=quantizer, q_bits=bits, factor_bits=4)
     grids = (caldera.q_grid, *caldera.factor_grids)
     number = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)

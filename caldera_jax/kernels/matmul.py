@@ -56,7 +56,14 @@ class Packed(NamedTuple):
     scale: Float[Array, "_ _"]
 
 
-Part = Packed | Float[Array, "_ _"] | None  # packed, decoded already, or absent
+class Rows(NamedTuple):
+    """A matrix on any other grid: arrays with a row for each of its rows, and what makes those rows of them."""
+
+    arrays: tuple[Array, ...]
+    decode: Callable[..., Float[Array, "rows width"]]
+
+
+Part = Packed | Rows | Float[Array, "_ _"] | None  # packed, decoded already, or absent
 Parts = tuple[Part, Part, Part]  # rows of Q [m, n], of Lᵀ [k, m], of R [k, n]
 
 
@@ -74,8 +81,8 @@ def multiply(x: Float[Array, "b n"], parts: Parts, stages: tuple[Stages | None, 
              m: int) -> Float[Array, "b m"]:
     """x Qᵀ + (x Rᵀ) Lᵀ in the dtype of x; parts are Q, Lᵀ and R; stages say how each is packed, None that it is not.
 
-    Any m, n, k and b; a part that is None counts as zero.  Sums are float32; a half-precision x meets weights rounded
-    to its dtype, as in the reference.  What ``supported`` refuses goes to the reference.
+    Any m, n, k and b; a part that is None counts as zero, and Q may be ``Rows``.  Sums are float32; a half-precision x
+    meets weights rounded to its dtype, as in the reference.  What ``supported`` refuses goes to the reference.
     """
     plain = partial(reference, stages=stages, m=m)
     if not supported(x, parts, stages):
@@ -111,27 +118,29 @@ def reference(x: Float[Array, "b n"], parts: Parts, stages, m: int) -> Float[Arr
 
 def _times(x, part, stages, wide, tiles=1):
     """x Wᵀ for the rows W of a part, in so many tiles at least, summed and returned in the dtype ``wide``."""
+    if isinstance(part, Rows):
+        return _by_rows(x, part.arrays, lambda *rows: part.decode(*rows).astype(x.dtype), wide, tiles)
     if stages is None:
         return jnp.matmul(part.astype(x.dtype), x.T, preferred_element_type=wide).T
     codes = _bytes(part, stages, x.shape[1])
     x = _pad(x, 8)
     apart = x.reshape(len(x), -1, 8).transpose(0, 2, 1).reshape(x.shape)  # as ``_apart`` has the columns
-    return by_rows(apart, codes, lambda codes: _apart(codes, stages, x.dtype), wide, tiles) * part.scale.astype(wide)
+    return _by_rows(apart, (codes,), lambda rows: _apart(rows, stages, x.dtype), wide, tiles) * part.scale.astype(wide)
 
 
-def by_rows(x: Float[Array, "b n"], arrays, decode: Callable, dtype, tiles: int = 2) -> Float[Array, "b rows"]:
-    """x Wᵀ in ``dtype`` for W [rows, n] = decode(arrays), where a row of each array stands for a row of W.
+def _by_rows(x, arrays, decode, wide, tiles):
+    """x Wᵀ for W = decode(*arrays), rows for rows, summed and returned in the dtype ``wide``.
 
     A tile of rows is decoded, one mebibyte or four in single precision, and multiplied while it is in the cache; a
-    gradient decodes it again.  Two ``tiles`` at least: a loop of one step is no loop to XLA, which then decodes the
-    layers of a model side by side.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at
+    gradient decodes it again.  Q takes two ``tiles`` at least: a loop of one step is no loop to XLA, which then decodes
+    the layers of a model side by side.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at
     least, since its product with fewer columns takes twice as long.
     """
-    (b, n), rows = x.shape, len(jax.tree.leaves(arrays)[0])
+    (b, n), rows = x.shape, len(arrays[0])
     columns = jnp.pad(x, ((0, max(8 - b, 0)), (0, 0))).T
     tile = -(-rows // max(-(-rows * n >> (18 if b < 64 else 20)), tiles))
-    apart = jax.tree.map(lambda a: jnp.pad(a, ((0, -rows % tile), (0, 0))).reshape(-1, tile, a.shape[1]), arrays)
-    product = lambda tile: jnp.matmul(decode(tile), columns, preferred_element_type=dtype)
+    apart = tuple(_pad(array, tile, 1).reshape(-1, tile, array.shape[1]) for array in arrays)
+    product = lambda tile: jnp.matmul(decode(*tile), columns, preferred_element_type=wide)
     y = lax.map(jax.checkpoint(product), apart)
     return y.reshape(-1, columns.shape[1])[:rows, :b].T
 
