@@ -3,15 +3,11 @@
 H = XᵀX / tokens with the tokens as rows of X.  Everything that depends on H alone is in ``HessianFactors``.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
-
-from caldera_jax import files
 
 
 class Moments(NamedTuple):
@@ -44,19 +40,6 @@ def merge(a: Moments, b: Moments) -> Moments:
     part = total - a.sum
     lost = (a.sum - (total - part)) + (b.sum - part)
     return Moments(total, a.error + b.error + lost, a.count + b.count)
-
-
-def save(path: Path, moments: dict[str, Moments]) -> None:
-    """Write named Moments to one safetensors file."""
-    files.write_arrays(path, {f"{name}.{field}": np.asarray(value) for name, m in moments.items()
-                              for field, value in m._asdict().items()})
-
-
-def load(path: Path) -> dict[str, Moments]:
-    """What ``save`` wrote; ValueError naming a file that is missing or damaged."""
-    arrays = files.read_arrays(path)
-    names = sorted({key.rsplit(".", 1)[0] for key in arrays})
-    return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}
 
 
 class HessianFactors(NamedTuple):

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from machinery import Experiment, Result, axes, decide, interval, layers
+from drawing import axes
+from machinery import Experiment, Result, decide, interval, layers
 from scipy import stats
 from starts import Outliers, Split, Start, compress
 

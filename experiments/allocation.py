@@ -6,11 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from machinery import Experiment, Result, axes, decide, source, with_interval
+from drawing import axes
+from machinery import Experiment, Result, decide, source, with_interval
 from perplexity import moments
 
 from caldera_jax import CalderaConfig
-from caldera_jax.compress import RunConfig, Tokens, compress
+from caldera_jax.jobs.compress import RunConfig, Tokens, compress
 
 RULES = {"uniform": {}, "error": {}, "trace": {}, "gradient": {},
          "gradient, rank 0": {"allocation": "gradient", "ranks": (0,)}}  # Q alone, its bits mixed

@@ -17,29 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import starts
+from grids import (
+    Affine,
+    Grid,
+    Signs,
+    Ternary,
+    code_bits,
+    decoded,
+    divisor,
+    group_length,
+    half,
+    nearest,
+    nf_bits,
+    normal_float,
+)
 from jax import Array, lax
 from jaxtyping import Float, Key
 from scipy import optimize, stats
 
 from caldera_jax import CalderaConfig, HessianFactors, hessian, incoherence
-from caldera_jax.codebooks import (
-    Codebook,
-    Half,
-    NormalFloat,
-    Quantized,
-    ResidualE8P,
-    Uniform,
-    dequantize,
-    quantize,
-)
+from caldera_jax.codebooks import quantize
 from caldera_jax.ldlq import block_ldlq, ldlq
-from caldera_jax.packing import row_bytes
-from caldera_jax.regression import Factors, rank_constrained
 
 DAMPING = 0.01  # of H for LDLQ, in units of its mean diagonal, as in CALDERA, QuIP and GPTQ
-NF_GROUP, NF_SCALES = 64, 256  # weights that share a scale of NormalFloat, and such scales that share one; as in QLoRA
-SHRINKS = tuple(1 - i / 50 for i in range(1, 41))  # of the range of a group, tried beside 1: 0.98 to 0.2
-CLIP_POWER = 2.4  # of the errors that the best shrink is chosen by, as in GPTQ's code: what is large is clipped less
 
 
 class Layer(NamedTuple):
@@ -69,16 +69,17 @@ class Method:
     random: bool
 
 
-METHODS: dict[str, Method] = {}
-
-
-def method(family: str, source: str, data: bool = False, random: bool = False) -> Callable:
-    """Enter the function below in METHODS under its own name."""
+def entered(methods: dict[str, Method], family: str, source: str, data: bool = False, random: bool = False) -> Callable:
+    """Enter the function below in ``methods`` under its own name."""
     def register(run):
-        METHODS[run.__name__] = Method(family, run, source, data, random)
+        methods[run.__name__] = Method(family, run, source, data, random)
         return run
 
     return register
+
+
+METHODS: dict[str, Method] = {}
+method = partial(entered, METHODS)
 
 
 def replace(name: str, key: Key[Array, ""], layer: Layer, *, methods: Mapping[str, Method] | None = None,
@@ -112,167 +113,6 @@ def replace(name: str, key: Key[Array, ""], layer: Layer, *, methods: Mapping[st
     return found._replace(weight=found.weight.astype(jnp.float32))
 
 
-# --- 16-bit numbers and scalar grids ---
-
-
-def half(x: Array) -> Array:
-    """x as float16 holds it, in its own dtype; through the bits: XLA may leave out a conversion there and back."""
-    return Half().round(x)[0]
-
-
-class _HalfScale:
-    """Scales of a codebook rounded to float16, before anything is rounded on its grid."""
-
-    def scale(self, x, real):
-        return half(super().scale(x, real))
-
-
-class Grid(_HalfScale, Uniform):
-    """2^bits levels, equally spaced over [−R, R], R in float16: the largest magnitude, or ``clip`` times the RMS."""
-
-
-class HalfNormalFloat(_HalfScale, NormalFloat):
-    """NormalFloat with float16 scales."""
-
-
-class DoubleNormalFloat(NormalFloat):
-    """NormalFloat whose scales are themselves on 256 equal steps around their mean, float32 steps for every 256 scales.
-
-    Differs from QLoRA: equal steps instead of 8-bit floats.
-    """
-
-    def scale(self, x, real):
-        scale = super().scale(x, real)
-        mean = jnp.mean(scale)
-        found = quantize(Uniform(8, group=NF_SCALES), scale.reshape(1, -1) - mean)
-        return jnp.maximum(found.values.reshape(scale.shape) + mean, 0)  # none is negative, whatever the steps
-
-
-class RowE8P(_HalfScale, ResidualE8P):
-    """Residual E8P with a float16 scale a row: the rows of a factor are of unequal size."""
-
-
-@dataclass(frozen=True)
-class Affine:
-    """2^bits levels s (c − z), c and z from 0 to 2^bits − 1, one s in float16 and one z for ``group`` weights of a row.
-
-    They reach from min(0, least) to max(0, greatest), and 0 is one of them.  ``clip``: both ends are multiplied by that
-    of 1 and SHRINKS which leaves the least Σ |error|^CLIP_POWER in the group.
-    """
-
-    bits: int
-    group: int
-    clip: bool
-
-    def __post_init__(self):
-        if not 1 <= self.bits <= 16:
-            raise ValueError(f"a scalar grid has 1 to 16 bits, got {self.bits}")
-
-    def fit(self, w: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
-        """s and z in the place of each weight."""
-        m, n = w.shape
-        groups = jnp.pad(w, ((0, 0), (0, -n % self.group))).reshape(m, -1, self.group)  # a zero is no new extreme
-        least, greatest = jnp.minimum(jnp.min(groups, axis=-1), 0), jnp.maximum(jnp.max(groups, axis=-1), 0)
-        top = 2**self.bits - 1
-
-        def tried(shrink):
-            scale = half(shrink * (greatest - least) / top)
-            zero = jnp.clip(jnp.round(-shrink * least / _divisor(scale)), 0, top)
-            left_out = groups - self.round(groups, scale[..., None], zero[..., None])[0]
-            return scale, zero, jnp.sum(jnp.abs(left_out) ** CLIP_POWER, axis=-1)
-
-        def step(best, shrink):
-            found = tried(shrink)
-            return jax.tree.map(partial(jnp.where, found[2] < best[2]), found, best), None
-
-        best = tried(jnp.ones((), w.dtype))
-        if self.clip:
-            best, _ = lax.scan(step, best, jnp.asarray(SHRINKS, w.dtype))
-        return tuple(jnp.repeat(a, self.group, axis=1)[:, :n] for a in best[:2])
-
-    def round(self, x: Array, scale: Array, zero: Array) -> tuple[Array, Array]:
-        """The levels nearest to x, and their codes."""
-        codes = jnp.clip(jnp.round(x / _divisor(scale)) + zero, 0, 2**self.bits - 1)
-        return scale * (codes - zero), codes.astype(jnp.uint16)
-
-    def stored(self, m: int, n: int) -> int:
-        """Stored bits."""
-        return code_bits(m, n, self.bits) + (16 + self.bits) * group_count(m, n, self.group)
-
-
-class Signs(Uniform):
-    """±R, R the mean magnitude: the least squares scale of the signs."""
-
-    def scale(self, x, real):
-        return half(_mean_magnitude(x, real))
-
-
-class Ternary(Uniform):
-    """{−R, 0, R}, R a fixed point of Lloyd's alternation from the mean magnitude (the start is BitNet b1.58's R)."""
-
-    def scale(self, x, real):
-        def fit(scale):
-            codes = self.decode(self.encode(x / _divisor(scale)[..., None]), x.dtype)
-            return jnp.sum(codes * x, axis=-1) / _divisor(jnp.sum(codes * codes, axis=-1))
-
-        def step(state):
-            scale, _, rounds = state
-            return fit(scale), scale, rounds + 1
-
-        start = _mean_magnitude(x, real)
-        moving = lambda state: jnp.any(state[0] != state[1]) & (state[2] < 100)  # rounding may make two fits alternate
-        return half(lax.while_loop(moving, step, (fit(start), start, 0))[0])
-
-    def encode(self, x, key=None):
-        return (jnp.clip(jnp.round(x), -1, 1) + 1).astype(jnp.uint8)
-
-    def decode(self, codes, dtype=jnp.float32):
-        return codes.astype(dtype) - 1
-
-
-def _mean_magnitude(x, real):
-    return jnp.sum(jnp.where(real, jnp.abs(x), 0), axis=-1) / jnp.sum(real, axis=-1).astype(x.dtype)
-
-
-def _divisor(x):
-    """x with 1 for 0: what is divided by it is 0 there."""
-    return jnp.where(x == 0, 1, x)
-
-
-def decoded(grid: Codebook, found: Quantized) -> Float[Array, "m n"]:
-    """What codes and scales stand for; the negligible scale of a group of zeros is stored as zero."""
-    return dequantize(grid, found.codes, jnp.where(found.scale < 1e-24, 0, found.scale), found.values.shape[1])
-
-
-def nearest(w: Float[Array, "m n"], grid: Affine | Codebook) -> Float[Array, "m n"]:
-    """w rounded on the grid that is fitted to it."""
-    if isinstance(grid, Affine):
-        return grid.round(w, *grid.fit(w))[0]
-    return decoded(grid, quantize(grid, w))
-
-
-def code_bits(m: int, n: int, bits: int) -> int:
-    """Bits of m rows of n codes; rows end on whole bytes."""
-    return 8 * m * row_bytes(n, bits)
-
-
-def group_count(m: int, n: int, group: int) -> int:
-    """Groups of so many weights along the rows; the last of a row may be short."""
-    return m * -(-n // group)
-
-
-def _group(group, n):
-    """The length of a group; None is a whole row."""
-    if group is None:
-        return n
-    if not isinstance(group, int) or group < 1:
-        raise ValueError(f"group must be a number of weights of a row, at least 1, or None for all; got {group!r}")
-    return group
-
-
-# --- quantization ---
-
-
 _nearest = jax.jit(nearest, static_argnums=1)
 
 
@@ -282,7 +122,7 @@ def rtn(key, layer, bits: int, group: int | None = None, clip: bool = True) -> R
 
     Poor at 2 and 3 bits without groups and without ``clip``: the extremes decide the step.
     """
-    grid = Affine(bits, _group(group, layer.w.shape[1]), clip)
+    grid = Affine(bits, group_length(group, layer.w.shape[1]), clip)
     return Replacement(_nearest(layer.w, grid), grid.stored(*layer.w.shape))
 
 
@@ -292,17 +132,7 @@ def nf(key, layer, bits: int, double: bool = True) -> Replacement:
 
     ``double``: the scales are quantized too, 0.127 bits a weight for 0.25 (``DoubleNormalFloat``).
     """
-    return Replacement(_nearest(layer.w, _normal_float(bits, double)), nf_bits(*layer.w.shape, bits, double))
-
-
-def _normal_float(bits, double):
-    return (DoubleNormalFloat if double else HalfNormalFloat)(bits, NF_GROUP)
-
-
-def nf_bits(m: int, n: int, bits: int, double: bool) -> int:
-    """Stored bits of NormalFloat; ``double``: 8 a scale, 32 for 256 scales, and 32 for their mean."""
-    groups = group_count(m, n, NF_GROUP)
-    return code_bits(m, n, bits) + (8 * groups + 32 * -(-groups // NF_SCALES) + 32 if double else 16 * groups)
+    return Replacement(_nearest(layer.w, normal_float(bits, double)), nf_bits(*layer.w.shape, bits, double))
 
 
 def _or_nan(weight, factors: HessianFactors):
@@ -334,7 +164,7 @@ def gptq(key, layer, bits: int, group: int | None = None, clip: bool = True, ord
     """
     if order not in ("activity", "columns"):
         raise ValueError(f"order must be 'activity' or 'columns', got {order!r}")
-    grid = Affine(bits, _group(group, layer.w.shape[1]), clip)
+    grid = Affine(bits, group_length(group, layer.w.shape[1]), clip)
     return Replacement(_gptq(layer.w, layer.h, grid, order), grid.stored(*layer.w.shape))
 
 
@@ -374,7 +204,7 @@ def sign_bits(m: int, n: int) -> int:
     return code_bits(1, m, 1) + code_bits(1, n, 1)
 
 
-def _compressed(key, layer, config: CalderaConfig, start: starts.Start = None) -> Replacement:
+def compressed(key, layer, config: CalderaConfig, start: starts.Start = None) -> Replacement:
     found, _ = starts.compress(key, layer.w, layer.h, config, start)
     return Replacement(found.dense(), found.stored_bits)
 
@@ -382,13 +212,13 @@ def _compressed(key, layer, config: CalderaConfig, start: starts.Start = None) -
 @method("quantization", "2402.04396", data=True, random=True)
 def e8p(key, layer, bits: int) -> Replacement:
     """QuIP#: the E8P lattice code of 2, 3 or 4 bits and LDLQ, rotated, one scale a matrix; not fine-tuned; O(m n²)."""
-    return _compressed(key, layer, CalderaConfig(rank=0, q_bits=bits))
+    return compressed(key, layer, CalderaConfig(rank=0, q_bits=bits))
 
 
 def data_scale(w: Float[Array, "m n"], units: Float[Array, "m n"], h: Float[Array, "n n"]) -> Float[Array, " m"]:
     """The a of least (a u − w) H (a u − w)ᵀ for each row: u H wᵀ / u H uᵀ; with 1e-6 I in H, for u that X lacks."""
     units_h = units @ hessian.regularise(h, 1e-6)
-    return jnp.sum(units_h * w, axis=1) / _divisor(jnp.sum(units_h * units, axis=1))
+    return jnp.sum(units_h * w, axis=1) / divisor(jnp.sum(units_h * units, axis=1))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -435,7 +265,7 @@ def lloyd(x: Float[Array, " n"], weights: Float[Array, " n"], start: Float[Array
     def step(_, centroids):
         codes = closest(x, centroids)
         total, moment = (jax.ops.segment_sum(a, codes, len(start)) for a in (weights, weights * x))
-        return jnp.where(total > 0, moment / _divisor(total), centroids)
+        return jnp.where(total > 0, moment / divisor(total), centroids)
 
     return lax.fori_loop(0, rounds, step, start)
 
@@ -483,210 +313,3 @@ def kmeans_shared(key, layer, bits: int, rounds: int = 25) -> Replacement:
     """One table of 2^bits float16 weights for the whole matrix, by Lloyd (Deep Compression, without its Huffman code
     and its retraining)."""
     return kmeans(key, layer, bits, rows=False, weighting="none", rounds=rounds)
-
-
-# --- low rank ---
-
-
-def factor_grids(m: int, n: int, bits: int) -> tuple[Codebook, Codebook]:
-    """The grids of Lᵀ [k, m] and R [k, n]: float16, 256 equal steps, or residual E8P; by rows but for float16."""
-    if bits not in (16, 8, 4):
-        raise ValueError(f"factor_bits must be 16, 8 or 4, got {bits!r}")
-    return tuple({16: Half(), 8: Grid(8, group=size), 4: RowE8P(4, group=size)}[bits] for size in (m, n))
-
-
-def low_rank_bits(m: int, n: int, rank: int, grids: tuple[Codebook, Codebook]) -> int:
-    """Stored bits of factors of that rank, and of their scales: 32 a factor, or 16 a row."""
-    sides = zip((m, n), grids, strict=True)
-    codes = sum(code_bits(rank, -(-size // grid.block), grid.code_bits) for size, grid in sides)
-    return codes + sum(32 if grid.group is None else 16 * rank for grid in grids)
-
-
-def largest_rank(shape: tuple[int, int], bits: float, stored: Callable[[int], int]) -> int:
-    """The greatest k of which stored(k) bits are at most ``bits`` a weight; ValueError where it is 0."""
-    m, n = shape
-    rank = max((k for k in range(min(m, n) + 1) if stored(k) <= bits * m * n), default=0)
-    if rank == 0:
-        raise ValueError(f"{bits} bits a weight leave no rank to a {m} x {n} matrix: give it {stored(1) / (m * n):.3f}")
-    return rank
-
-
-def product(found: Factors, grids: tuple[Codebook, Codebook]) -> Float[Array, "m n"]:
-    """L R of factors rounded on their grids."""
-    sides = zip(grids, (found.left.T, found.right), strict=True)
-    left_t, right = (decoded(grid, quantize(grid, factor)) for grid, factor in sides)
-    return left_t.T @ right
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-@jax.default_matmul_precision("highest")
-def _low_rank(w, root, rank, grids):
-    return product(rank_constrained(w, root, rank), grids)
-
-
-def _svd(layer, bits, root, factor_bits) -> Replacement:
-    shape, grids = layer.w.shape, factor_grids(*layer.w.shape, factor_bits)
-    stored = partial(low_rank_bits, *shape, grids=grids)
-    rank = largest_rank(shape, bits, stored)
-    return Replacement(_low_rank(layer.w, root, rank, grids), stored(rank))
-
-
-def _plain_root(layer):
-    return jnp.eye(layer.w.shape[1], dtype=layer.w.dtype)
-
-
-def _diagonal_root(layer):
-    return jnp.diag(jnp.sqrt(jnp.clip(jnp.diagonal(hessian.normalise(layer.h)), 0)))
-
-
-@jax.jit
-def _cholesky(h):
-    """A root of H without damping, or with the least that a singular H needs; in units of H's mean diagonal."""
-    return hessian.damped_root(hessian.normalise(h), 0.0)[0]
-
-
-@method("low rank", "1404.0736")
-def svd(key, layer, bits: float, factor_bits: int = 16) -> Replacement:
-    """The L R of least ‖L R − W‖ within ``bits`` a weight, then rounded to ``factor_bits`` (16, 8 or 4).
-
-    O(m n min(m, n)).  k of rank cost factor_bits k (1/m + 1/n) bits a weight: hopeless at few bits unless W's spectrum
-    decays.
-    """
-    return _svd(layer, bits, _plain_root(layer), factor_bits)
-
-
-@method("low rank", "2403.07378", data=True)
-def svd_data(key, layer, bits: float, factor_bits: int = 16) -> Replacement:
-    """``svd`` for the least tr(E H Eᵀ) (DRONE, SVD-LLM, Lemma 4.2); O(m n (m + n))."""
-    return _svd(layer, bits, _cholesky(layer.h), factor_bits)
-
-
-@method("low rank", "2310.11028", data=True, random=True)
-def lplr(key, layer, bits: float, factor_bits: int = 4) -> Replacement:
-    """L R on grids of few bits by alternating least squares, within ``bits`` a weight: CALDERA without its Q.
-
-    Differs from LPLR: data-aware, rotated, and on lattice codes.
-    """
-    (m, n), grids = layer.w.shape, CalderaConfig(q_bits=0, factor_bits=factor_bits).factor_grids
-
-    rank = largest_rank((m, n), bits, lambda k: low_rank_bits(m, n, k, grids) + sign_bits(m, n))
-    return _compressed(key, layer, CalderaConfig(rank=rank, q_bits=0, factor_bits=factor_bits))
-
-
-# --- both ---
-
-
-@partial(jax.jit, static_argnums=(3, 4, 5))
-@jax.default_matmul_precision("highest")
-def _alternate(w, rows, root, grid, rank, grids, rounds):
-    """Q ← the nearest to W − L R, (L, R) ← the best for W − Q in the norm of diag(rows) E root, ``rounds`` times."""
-    def step(_, state):
-        q = nearest(w - state[1].left @ state[1].right, grid)
-        left, right = rank_constrained(rows[:, None] * (w - q), root, rank)
-        return q, Factors(left / rows[:, None], right)
-
-    none = Factors(jnp.zeros((len(w), rank), w.dtype), jnp.zeros((rank, w.shape[1]), w.dtype))
-    q, low_rank = lax.fori_loop(0, rounds, step, (nearest(w, grid), none))
-    return q + product(low_rank, grids)
-
-
-def _repaired(layer, rank, bits, factor_bits, double, root, rounds=1, rows=None, quantizer="nf") -> Replacement:
-    m, n = layer.w.shape
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(f"rank must be from 1 to min(m, n) = {min(m, n)}, got {rank}")
-    if quantizer not in ("nf", "rtn"):
-        raise ValueError(f"quantizer must be 'nf' or 'rtn', got {quantizer!r}")
-    if quantizer == "nf":
-        grid, q_bits = _normal_float(bits, double), nf_bits(m, n, bits, double)
-    else:
-        grid = Affine(bits, NF_GROUP, clip=True)
-        q_bits = grid.stored(m, n)
-    grids = factor_grids(m, n, factor_bits)
-    rows = jnp.ones(m, layer.w.dtype) if rows is None else rows
-    return Replacement(_alternate(layer.w, rows, root, grid, rank, grids, rounds),
-                       q_bits + low_rank_bits(m, n, rank, grids))
-
-
-@method("both", "2310.08659")
-def loftq(key, layer, rank: int, bits: int = 2, rounds: int = 5, factor_bits: int = 16,
-          double: bool = True) -> Replacement:
-    """Q ← NormalFloat(W − L R), L R ← SVD_k(W − Q), ``rounds`` times, from L R = 0; O(rounds m n min(m, n)).
-
-    Not monotone; the last iterate is the answer, as in LoftQ, with L and R rounded to ``factor_bits`` at the end.
-    ``double``: as in ``nf``.
-    """
-    return _repaired(layer, rank, bits, factor_bits, double, _plain_root(layer), rounds)
-
-
-@method("both", "2311.12023", data=True)
-def lqlora(key, layer, rank: int, bits: int = 2, rounds: int = 5, factor_bits: int = 16,
-           double: bool = True) -> Replacement:
-    """``loftq`` with the SVD of diag(r) (W − Q) diag(c): r and c the means of √Fisher over rows and over columns.
-
-    Without ``layer.fisher`` r = 1 and c = diag(H)^½, the inputs' part of Fisher: our weighting, not the paper's.
-    Differs from LQ-LoRA: all rounds run, and every layer has the same bits.
-    """
-    if layer.fisher is None:
-        return _repaired(layer, rank, bits, factor_bits, double, _diagonal_root(layer), rounds)
-    size = jnp.sqrt(layer.fisher)
-    rows, columns = jnp.mean(size, axis=1), jnp.mean(size, axis=0)
-    rows = jnp.maximum(rows, 1e-3 * jnp.max(rows))  # L is divided by it: an output without gradient is not free
-    rows, columns = (a / _divisor(jnp.max(a)) for a in (rows, columns))
-    return _repaired(layer, rank, bits, factor_bits, double, jnp.diag(columns), rounds, rows)
-
-
-@method("both", "2402.02446", data=True)
-def lqer(key, layer, rank: int, bits: int = 2, quantizer: str = "nf", factor_bits: int = 16,
-         double: bool = True) -> Replacement:
-    """Q ← the nearest to W (``quantizer`` "nf", or "rtn" per 64), L R ← the best for W − Q in the norm of diag(H).
-
-    Differs from LQER: the root of the mean square of an input, not the mean of its magnitude.
-    """
-    return _repaired(layer, rank, bits, factor_bits, double, _diagonal_root(layer), quantizer=quantizer)
-
-
-@method("both", "2410.06040", data=True)
-def qera(key, layer, rank: int, bits: int = 2, quantizer: str = "nf", factor_bits: int = 16,
-         double: bool = True) -> Replacement:
-    """``lqer`` with all of H: the L R of least tr(E H Eᵀ) for that Q (QERA Theorem 1, Lemma 4.2)."""
-    return _repaired(layer, rank, bits, factor_bits, double, _cholesky(layer.h), quantizer=quantizer)
-
-
-@method("both", "2405.18886", data=True, random=True)
-def e8p_repair(key, layer, rank: int, bits: int = 2, factor_bits: int = 4) -> Replacement:
-    """``e8p``, then L R by Lemma 4.2 on grids of few bits for what Q left: one round of CALDERA with Q first."""
-    return _compressed(key, layer, CalderaConfig(rank=rank, q_bits=bits, factor_bits=factor_bits, outer_iterations=1,
-                                                 order="q-first"))
-
-
-@method("both", "2602.02001", data=True, random=True)
-def srr(key, layer, rank: int, bits: int = 2, preserved: int | None = None, factor_bits: int = 4) -> Replacement:
-    """``preserved`` directions leave W before Q, the others of the rank repair what Q left; one pass.
-
-    None: of 0, k/4, k/2, 3k/4 and k that of the least error on H, for five times the cost; our rule, not the paper's.
-    """
-    config = CalderaConfig(rank=rank, q_bits=bits, factor_bits=factor_bits)
-    choices = sorted({rank * i // 4 for i in range(5)}) if preserved is None else [preserved]
-    made = [(*starts.compress(key, layer.w, layer.h, config, starts.Split(p)), p) for p in choices]
-    found, _, preserved = min(made, key=lambda each: float(each[1][-1]))
-    repeated = rank - 2 if 0 < preserved < rank else 0  # scales: two of each factor's rows would do, ``starts.joined``
-    return Replacement(found.dense(), found.stored_bits - 2 * 32 * repeated)
-
-
-@method("both", "2506.02077", data=True, random=True)
-def odlri(key, layer, rank: int, bits: int = 2, channels: int | None = None, factor_bits: int = 4,
-          outer_iterations: int = 15, inner_iterations: int = 10, svd: str = "randomized") -> Replacement:
-    """CALDERA whose first L R is fitted to W on the outlier channels only, as many as ``channels`` (None: the rank)."""
-    config = CalderaConfig(rank=rank, q_bits=bits, factor_bits=factor_bits, outer_iterations=outer_iterations,
-                           inner_iterations=inner_iterations, svd=svd)
-    return _compressed(key, layer, config, starts.Outliers(rank if channels is None else channels))
-
-
-@method("both", "2405.18886", data=True, random=True)
-def caldera(key, layer, rank: int, q_bits: int = 2, factor_bits: int = 4, downdate: bool = False,
-            refine_passes: int = 0, outer_iterations: int = 15, inner_iterations: int = 10,
-            svd: str = "randomized") -> Replacement:
-    """CALDERA: E8P + LDLQ and L R on grids of few bits (16: float16) in turn, the best half step kept."""
-    return _compressed(key, layer, CalderaConfig(
-        rank=rank, q_bits=q_bits, factor_bits=factor_bits, downdate=downdate, refine_passes=refine_passes,
-        outer_iterations=outer_iterations, inner_iterations=inner_iterations, svd=svd))

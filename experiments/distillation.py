@@ -14,6 +14,7 @@ from typing import Any
 
 import baselines
 import frontier
+import grids
 import jax
 import jax.numpy as jnp
 import machinery
@@ -21,11 +22,13 @@ import numpy as np
 import optax
 import sharing
 from baselines import Layer
+from drawing import axes
 from jax import Array
-from machinery import Experiment, Result, axes, decide, with_interval
+from machinery import Experiment, Result, decide, with_interval
 
-from caldera_jax import CalderaConfig, compress_matrix, evaluate
-from caldera_jax.finetune import soft_loss
+from caldera_jax import CalderaConfig, compress_matrix
+from caldera_jax.jobs import evaluate
+from caldera_jax.jobs.student import soft_loss
 from caldera_jax.models import llama
 
 # method, settings, what is trained
@@ -194,10 +197,10 @@ def measure(config: Config) -> Result:
 def _stored(free):
     """As they are stored: scales as float16, anything else as 8 bits and a float16 scale for each row of W, Lᵀ or R."""
     def eight(a):
-        step = baselines.half(jnp.max(jnp.abs(a), axis=1, keepdims=True) / 127)
+        step = grids.half(jnp.max(jnp.abs(a), axis=1, keepdims=True) / 127)
         return step * jnp.clip(jnp.round(a / jnp.where(step > 0, step, 1)), -127, 127)
 
-    store = {"out": baselines.half, "in": baselines.half, "left": lambda a: eight(a.T).T, "right": eight, "w": eight}
+    store = {"out": grids.half, "in": grids.half, "left": lambda a: eight(a.T).T, "right": eight, "w": eight}
     return [{name: {part: store[part](a) for part, a in of.items()} for name, of in block.items()} for block in free]
 
 

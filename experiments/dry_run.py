@@ -16,17 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import drawing
 import jax
 import jax.numpy as jnp
-import machinery
 import numpy as np
 import tyro
 from published import SHAPES
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from caldera_jax import files, report
-from caldera_jax.cli import PRESETS
-from caldera_jax.models import convert, llama
+from caldera_jax.jobs import report
+from caldera_jax.jobs.presets import PRESETS
+from caldera_jax.models import convert, files, llama
 from caldera_jax.models.llama import LlamaConfig
 
 MODELS = {name.replace(" ", "-").lower(): config for name, config in SHAPES.items()}
@@ -93,7 +93,7 @@ def measure(config: Config) -> dict[str, Any]:
         place = Path(folder)
         model, text = write_model(place / "model", cut, config.seed), write_text(place / "text.txt", cut, tokens, 1)
         command = arguments(config, str(model), str(text), str(place / "out"))
-        subprocess.run([sys.executable, "-m", "caldera_jax.cli", *command], check=True)
+        subprocess.run([sys.executable, "-m", "caldera_jax.jobs.cli", *command], check=True)
         found = files.read_json(place / "out" / "report.json")
     return record(config, found)
 
@@ -135,7 +135,7 @@ def computed(config: Config, found: dict[str, Any]) -> dict[str, Any]:
 def path_of(config: Config) -> Path:
     """Where the record lies: dry_run.json, with the name of the shapes where they are not the usual ones."""
     other = "" if config.shapes == Config().shapes else f"_{config.shapes}"
-    return machinery.RESULTS / f"dry_run{other}.json"
+    return drawing.RESULTS / f"dry_run{other}.json"
 
 
 def main(config: Config) -> None:

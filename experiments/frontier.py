@@ -12,6 +12,7 @@ from typing import Any
 
 import baselines
 import jax
+import low_rank
 import machinery
 import numpy as np
 import pruning
@@ -20,22 +21,14 @@ from baselines import Layer
 from fronts import draw, verdict
 from machinery import Experiment, Result
 
-from caldera_jax import (
-    CalderaConfig,
-    allocate,
-    calibration,
-    evaluate,
-    files,
-    hessian,
-    rate_distortion_error,
-    relative_error,
-)
+from caldera_jax import CalderaConfig, allocate, rate_distortion_error, relative_error
 from caldera_jax.allocate import Option
-from caldera_jax.compress import calibrated
-from caldera_jax.models import data, llama
+from caldera_jax.jobs import calibration, evaluate
+from caldera_jax.jobs.compress import calibrated
+from caldera_jax.models import data, files, llama
 
 WORK = Path("out/frontier")
-METHODS = baselines.METHODS | pruning.METHODS | sharing.METHODS
+METHODS = baselines.METHODS | low_rank.METHODS | pruning.METHODS | sharing.METHODS
 FISHER = ("gradient", "lqlora", "kmeans")  # methods that look at the gradients
 WHOLE = {"drop_blocks": "pruning", "share_blocks": "sharing"}  # methods of a whole model, and their families
 PREDICTED = [Option(0, 2), Option(0, 3), Option(0, 4), *(Option(rank, 2) for rank in (8, 16, 32, 64))]
@@ -152,7 +145,7 @@ def fishers(name: str, windows: int, window: int, seed: int) -> Path:
 
 def hessians(folder: Path, index: int) -> dict[str, np.ndarray]:
     """H of each linear layer of a block, by its name."""
-    of = {source: np.asarray(hessian.load(calibration.spilled(folder, index, source))[source].mean())
+    of = {source: np.asarray(calibration.load_moments(calibration.spilled(folder, index, source))[source].mean())
           for source in set(llama.INPUT_OF.values())}
     return {name: of[llama.INPUT_OF[name]] for name in llama.LINEARS}
 

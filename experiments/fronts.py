@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from machinery import Result, axes, decide, interval, with_interval
+from drawing import axes
+from machinery import Result, decide, interval, with_interval
 
 ASIDE = ("limit", "theory", "embedding")  # families of what is no point
 DENSE_BITS = 16.0

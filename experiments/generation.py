@@ -15,13 +15,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from unittest.mock import patch
 
+import drawing
 import machinery
 import numpy as np
 import recovery
 import tyro
 
-from caldera_jax import artifact, files, report
-from caldera_jax.generate import Result, Sampling, run_apart
+from caldera_jax.jobs import artifact, report
+from caldera_jax.jobs.generate import Result, Sampling, run_apart
+from caldera_jax.models import files
 
 PROMPTS = ("The capital of France is", "Water boils when", "In the nineteenth century", "A prime number is",
            "The river flows from", "Most birds", "The first computers", "She opened the door and")
@@ -79,7 +81,7 @@ def main(config: Config) -> None:
     """Measure, record, print."""
     found = measure(config)
     other = "" if config.model == Config().model else f"_{config.model}"
-    files.write_json(machinery.RESULTS / f"generation{other}.json", found)
+    files.write_json(drawing.RESULTS / f"generation{other}.json", found)
     for row in found["rows"]:
         ours, theirs, ratio = row["packed"], row["dense"], row["dense_over_packed"]
         sizes = "; ".join(f"{name} {ours[key] / 1e6:.1f} of {theirs[key] / 1e6:.1f} MB ({ratio[key]:.2f} times)"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from machinery import Experiment, Result, axes, interval, layers
+from drawing import axes
+from machinery import Experiment, Result, interval, layers
 from outer import Found, where
 
 from caldera_jax import CalderaConfig, compress_matrix

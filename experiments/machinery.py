@@ -13,16 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import drawing
 import jax
 import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from caldera_jax import artifact, calibration, files, report
-from caldera_jax.models import convert, data
+from caldera_jax.jobs import artifact, calibration, report
+from caldera_jax.models import convert, data, files
 
-HERE = Path(__file__).parent
-RESULTS, FIGURES = HERE / "results", HERE / "figures"
 Result = dict[str, Any]
 
 
@@ -45,7 +44,7 @@ class Experiment:
 
 def path_of(experiment: Experiment, preset: str, config: Any) -> Path:
     """Where a run's JSON lies: results/NAME/PRESET_HASH.json."""
-    return RESULTS / experiment.name / f"{preset}_{report.config_hash(config)}.json"
+    return drawing.RESULTS / experiment.name / f"{preset}_{report.config_hash(config)}.json"
 
 
 @contextmanager
@@ -141,7 +140,7 @@ def with_interval(values: Sequence[float]) -> str:
 def draw(experiment: Experiment, preset: str) -> Path:
     """Draw the results of a preset; figures/NAME.png for the full one."""
     figure = experiment.draw(collect(experiment, preset))
-    target = FIGURES / (f"{experiment.name}.png" if preset == "full" else f"{experiment.name}_{preset}.png")
+    target = drawing.FIGURES / (f"{experiment.name}.png" if preset == "full" else f"{experiment.name}_{preset}.png")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(partial_file := target.with_suffix(".part.png"), dpi=min(220, 2600 / figure.get_figwidth()))
     os.replace(partial_file, target)
@@ -155,7 +154,8 @@ def source(name: str) -> str:
     """
     if not name.startswith("tiny"):
         return name
-    import train_tiny
+    import train_tiny  # seconds
+
     if name == "tiny-smoke":
         train_tiny.train(train_tiny.preset("smoke"))
     return str(train_tiny.load_tiny(name.removeprefix("tiny-")))
@@ -181,17 +181,3 @@ def layers(name: str, block: int, text: str = "enwiki", windows: int = 24, windo
     documents = data.split(data.load_text(text))[0 if part == "calibration" else 1]
     tokens = data.token_windows(chosen.tokenizer, documents, min(window, chosen.config.context), windows, part)
     return calibration.of_block(chosen.config, chosen.params, tokens, block)
-
-
-def axes(columns: int = 1, rows: int = 1, height: float = 2.5):
-    """A figure of ``columns`` x ``rows`` panels, each legible at the width of a column in print."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 7, "axes.titlesize": 7, "legend.fontsize": 6, "lines.linewidth": 1,
-                            "lines.markersize": 3, "axes.grid": True, "grid.linewidth": 0.3, "legend.framealpha": 0.7})
-    figure, panels = pyplot.subplots(rows, columns, figsize=(3.4 * columns, height * rows), layout="constrained",
-                                     squeeze=False)
-    return figure, panels.ravel()

@@ -15,16 +15,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from caldera_jax import (
-    CalderaConfig,
-    calibration,
-    compress_matrix,
-    files,
-    relative_error,
-    report,
-)
+from caldera_jax import CalderaConfig, compress_matrix, relative_error
 from caldera_jax.hessian import regularise
-from caldera_jax.models import convert, data
+from caldera_jax.jobs import calibration, report
+from caldera_jax.models import convert, data, files
 
 HERE = Path(__file__).parent
 BASE = dict(rank=32, outer_iterations=5, inner_iterations=10, damping=0.0)

@@ -10,7 +10,8 @@ from itertools import product
 
 import jax
 import numpy as np
-from machinery import Experiment, Result, axes, decide, layers, with_interval
+from drawing import axes
+from machinery import Experiment, Result, decide, layers, with_interval
 
 from caldera_jax import CalderaConfig, compress_matrix
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import whole_model
-from machinery import Experiment, Result, axes, decide, interval, source, with_interval
+from drawing import axes
+from machinery import Experiment, Result, decide, interval, source, with_interval
 
 from caldera_jax import CalderaConfig
-from caldera_jax.compress import RunConfig, Tokens, compress
+from caldera_jax.jobs.compress import RunConfig, Tokens, compress
 
 MEASURED = ("base_perplexity", "compressed_perplexity", "bits_per_weight", "mean_layer_error", "max_layer_error")
 

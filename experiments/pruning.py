@@ -15,7 +15,7 @@ from baselines import Layer, Method, Replacement
 from jaxtyping import Bool, Float, Int
 from scipy.linalg import cho_solve, solve_triangular
 
-from caldera_jax import calibration
+from caldera_jax.jobs import calibration
 from caldera_jax.models import llama
 from caldera_jax.models.llama import LlamaConfig, Params
 

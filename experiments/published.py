@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from caldera_jax import files
-from caldera_jax.models import llama
+from caldera_jax.models import files, llama
 from caldera_jax.models.llama import LlamaConfig
 
 PATH = Path(__file__).parent / "published.json"

@@ -13,11 +13,14 @@ from tempfile import TemporaryDirectory
 import machinery
 import numpy as np
 from ablations import write_python
-from machinery import Experiment, Result, axes, decide, with_interval
+from drawing import axes
+from machinery import Experiment, Result, decide, with_interval
 
-from caldera_jax import CalderaConfig, artifact, evaluate, report
-from caldera_jax.compress import RunConfig, compress
-from caldera_jax.finetune import FinetuneConfig, TrainConfig, finetune
+from caldera_jax import CalderaConfig
+from caldera_jax.jobs import artifact, evaluate, report
+from caldera_jax.jobs.compress import RunConfig, compress
+from caldera_jax.jobs.finetune import FinetuneConfig, finetune
+from caldera_jax.jobs.student import TrainConfig
 from caldera_jax.models import data
 from caldera_jax.models.data import Tokens
 

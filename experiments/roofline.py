@@ -14,8 +14,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from caldera_jax import files, lattice, report
+from caldera_jax import lattice
+from caldera_jax.jobs import report
 from caldera_jax.kernels import matmul
+from caldera_jax.models import files
 
 RESULT = Path(__file__).parent / "results" / "roofline.json"
 STATUS = "computed, not measured"

@@ -11,7 +11,8 @@ import sys
 from typing import Annotated, Literal
 
 import tyro
-from machinery import HERE, RESULTS, Experiment, collect, draw, run
+from drawing import HERE, RESULTS
+from machinery import Experiment, collect, draw, run
 
 SCRIPTS = {"train_tiny.py": "train_tiny_tiny_*.json", "original.py": "original_block14.json",
            "speed.py": "speed_summary.json", "roofline.py": "roofline.json",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from machinery import Experiment, Result, axes, layers
+from drawing import axes
+from machinery import Experiment, Result, layers
 from outer import Found, side, where
 
 from caldera_jax import CalderaConfig, compress_matrix

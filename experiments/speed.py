@@ -22,18 +22,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drawing import FIGURES, RESULTS
 from jax import Array
 
 import caldera_jax as cj
-from caldera_jax import files, hadamard, hessian, lattice, packing, report
+from caldera_jax import hadamard, hessian, lattice, packing
 from caldera_jax.codebooks import by_bits, fit_scale, quantize
 from caldera_jax.decompose import CalderaConfig, caldera
+from caldera_jax.jobs import report
 from caldera_jax.ldlq import descent_feedback, ldlq, slab_width, sweep
 from caldera_jax.linear import CompressedLinear, Packed
 from caldera_jax.lplr import lplr_factorize
+from caldera_jax.models import files
 from caldera_jax.regression import rank_constrained, rank_constrained_iteratively
 
-RESULTS, FIGURES = (Path(__file__).parent / name for name in ("results", "figures"))
 SHAPES = ((512, 512), (576, 576), (1024, 1024), (2048, 2048), (4096, 4096), (11008, 4096), (4096, 11008))
 GROWTH = tuple((n, n) for n in (512, 1024, 2048, 4096))
 E8P2, E8P4 = by_bits("e8p", 2), by_bits("e8p", 4)

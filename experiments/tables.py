@@ -1,12 +1,9 @@
 """Print the README's tables from results/*.json:  python experiments/tables.py"""
 
-from pathlib import Path
-
+from drawing import RESULTS
 from original import table as original_table
 
-from caldera_jax import files
-
-RESULTS = Path(__file__).parent / "results"
+from caldera_jax.models import files
 
 
 def whole_model() -> str:

@@ -23,20 +23,20 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import drawing
 import jax
 import jax.numpy as jnp
-import machinery
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
+from drawing import axes
 from jax import Array
-from machinery import axes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from caldera_jax import evaluate, files, report
-from caldera_jax.models import convert, data, llama
+from caldera_jax.jobs import evaluate, report
+from caldera_jax.models import convert, data, files, llama
 from caldera_jax.models import tokenizer as tokenization
 
 
@@ -132,7 +132,7 @@ def directory(config: Config) -> Path:
 
 def record_path(config: Config) -> Path:
     """Where the record of the training lies."""
-    return machinery.RESULTS / f"train_tiny_{config.preset}_{report.config_hash(config)}.json"
+    return drawing.RESULTS / f"train_tiny_{config.preset}_{report.config_hash(config)}.json"
 
 
 def load_tiny(name: str = "tiny") -> Path:
@@ -430,7 +430,7 @@ def main(preset_: Annotated[Literal["tiny", "smoke"], tyro.conf.arg(name="preset
     if draw_only and not record_path(config).is_file():
         raise ValueError(f"no record {record_path(config).name}: python experiments/train_tiny.py --preset {preset_}")
     result = files.read_json(record_path(config)) if draw_only else train(config)
-    target = machinery.FIGURES / ("train_tiny.png" if preset_ == "tiny" else f"train_tiny_{preset_}.png")
+    target = drawing.FIGURES / ("train_tiny.png" if preset_ == "tiny" else f"train_tiny_{preset_}.png")
     draw(result).savefig(part := target.with_suffix(".part.png"), dpi=220)
     os.replace(part, target)
     print(f"{directory(config)}: {result['weights'] / 1e6:.2f} million weights, perplexity {result['perplexity']:.3f}, "

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import machinery
+import drawing
 
-from caldera_jax import files
-from caldera_jax.cli import PRESETS
-from caldera_jax.compress import RunConfig, recorded
+from caldera_jax.jobs.compress import RunConfig, recorded
+from caldera_jax.jobs.presets import PRESETS
+from caldera_jax.models import files
 
 WORK = Path("out/whole_model")
 RUNS: dict[str, dict[str, Any]] = {  # what each changes of the default preset
@@ -51,7 +51,7 @@ def config(name: str) -> RunConfig:
 
 def path_of(name: str) -> Path:
     """Where a run's report lies."""
-    return machinery.RESULTS / f"whole_model_{name}.json"
+    return drawing.RESULTS / f"whole_model_{name}.json"
 
 
 def record(name: str) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def run(name: str) -> None:
         return
     out = WORK / name
     flags = [word for field, value in changes(name).items() for word in (f"--{field.replace('_', '-')}", str(value))]
-    subprocess.run([sys.executable, "-m", "caldera_jax.cli", "compress", "smollm2-135m", "--out", str(out), "--moments",
-                    str(WORK / "moments"), *flags], check=True)
+    subprocess.run([sys.executable, "-m", "caldera_jax.jobs.cli", "compress", "smollm2-135m", "--out", str(out),
+                    "--moments", str(WORK / "moments"), *flags], check=True)
     files.write_json(path_of(name), files.read_json(out / "report.json"))
     shutil.rmtree(out)  # most of it the dense embedding
 

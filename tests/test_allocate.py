@@ -17,11 +17,12 @@ import tiny
 from matrices import decaying, gaussian, hessian
 from test_compress import interrupt_after, weight_files
 
-from caldera_jax import CalderaConfig, allocate, artifact, calibration, cli, compress_matrix, files
-from caldera_jax import compress as compress_module
+from caldera_jax import CalderaConfig, allocate, compress_matrix
 from caldera_jax.allocate import ErrorModel, Option
-from caldera_jax.compress import RunConfig, Tokens, compress
-from caldera_jax.models import convert, llama
+from caldera_jax.jobs import artifact, calibration, cli
+from caldera_jax.jobs import compress as compress_module
+from caldera_jax.jobs.compress import RunConfig, Tokens, compress
+from caldera_jax.models import convert, files, llama
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 
@@ -532,7 +533,8 @@ def test_two_processes_share_out_a_budget_as_one_does(source, config, tmp_path):
                 "--evaluation-window", "32", "--bits", "3.3", "--moments", str(tmp_path / "moments")]
     environment = os.environ | {"CALDERA_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     for processes in ("1", "2"):
-        command = [sys.executable, "-m", "caldera_jax.cli", "compress", str(source), "--out", str(tmp_path / processes)]
+        command = [sys.executable, "-m", "caldera_jax.jobs.cli", "compress", str(source), "--out",
+                   str(tmp_path / processes)]
         done = subprocess.run([*command, *settings, "--processes", processes], env=environment, text=True, timeout=300,
                               capture_output=True)
         assert done.returncode == 0, done.stderr

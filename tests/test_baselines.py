@@ -19,9 +19,13 @@ from caldera_jax import codebooks, incoherence, kernels, lattice, linear
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import baselines  # noqa: E402
+import grids  # noqa: E402
+import low_rank  # noqa: E402
 import starts  # noqa: E402
-from baselines import METHODS, Layer, replace  # noqa: E402
+from baselines import Layer  # noqa: E402
 
+METHODS = baselines.METHODS | low_rank.METHODS
+replace = partial(baselines.replace, methods=METHODS)
 KEY = jax.random.key(5)
 SHAPES = ((40, 52), (33, 24))
 U = 2.0**-11  # unit roundoff of float16
@@ -199,7 +203,7 @@ def test_scales_and_centroids_are_float16_numbers(name, settings):
 
 
 def test_every_method_of_this_file_is_tested_and_names_its_family_and_source():
-    ours = {name: method for name, method in METHODS.items() if method.run.__module__ == "baselines"}
+    ours = {name: method for name, method in METHODS.items() if method.run.__module__ in ("baselines", "low_rank")}
     for name, method in ours.items():
         assert method.family in ("quantization", "low rank", "both", "sharing") and method.run.__name__ == name
         assert re.fullmatch(r"\d{4}\.\d{4,5}", method.source) and method.run.__doc__
@@ -330,7 +334,7 @@ def test_double_quantization_puts_the_scales_on_256_steps_around_their_mean():
     found = METHODS["nf"].run(KEY, layer, bits=3)
     np.testing.assert_allclose(found.weight, wanted, rtol=1e-12)
     assert _nf(4096, 4096, 3) / 4096**2 == pytest.approx(3 + 8 / 64 + 32 / (64 * 256), abs=1e-5)  # QLoRA's 0.127
-    assert baselines.nf_bits(4096, 4096, 3, True) == _nf(4096, 4096, 3)
+    assert grids.nf_bits(4096, 4096, 3, True) == _nf(4096, 4096, 3)
 
 
 def _gptq(w, h, levels):
@@ -617,7 +621,7 @@ def calls(monkeypatch):
         asked.append((config, start))
         return SimpleNamespace(dense=lambda: jnp.zeros(w.shape), stored_bits=1), [0]
 
-    monkeypatch.setattr(baselines.starts, "compress", compress)
+    monkeypatch.setattr(low_rank.starts, "compress", compress)
     return asked
 
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from caldera_jax import cli
+from caldera_jax.jobs import cli
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from caldera_jax import CalderaConfig, artifact, calibration, cli, evaluate, files, linear, report
-from caldera_jax import compress as compress_module
-from caldera_jax.compress import Run, RunConfig, Tokens, compress, memory_need
-from caldera_jax.models import convert, data, llama, weights
+from caldera_jax import CalderaConfig, linear
+from caldera_jax.jobs import artifact, calibration, cli, evaluate, report
+from caldera_jax.jobs import compress as compress_module
+from caldera_jax.jobs.compress import Run, RunConfig, Tokens, compress, memory_need
+from caldera_jax.models import convert, data, files, llama, weights
 
 CALDERA = CalderaConfig(rank=3, outer_iterations=2, inner_iterations=1, quantizer="uniform", q_bits=3,
                         factor_quantizer="uniform")

@@ -11,7 +11,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caldera_jax import CalderaConfig, compress_matrix, evaluate
+from caldera_jax import CalderaConfig, compress_matrix
+from caldera_jax.jobs import evaluate
 from caldera_jax.models import llama
 
 CONFIG = dataclasses.replace(tiny.SQUARE, vocab=50)

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caldera_jax import files
+from caldera_jax.models import files
 
 BEING_RUN: tuple[str, ...] = ()
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
+import drawing  # noqa: E402
 import machinery  # noqa: E402
 import run as runner  # noqa: E402
 
@@ -43,8 +44,8 @@ def made(calls: list[int], values=(1, 2, 3), fail_at: int | None = None) -> mach
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """Results and figures of a test go to its own folder."""
-    monkeypatch.setattr(machinery, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(machinery, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(drawing, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(drawing, "FIGURES", tmp_path / "figures")
     return tmp_path / "results"
 
 
@@ -152,11 +153,11 @@ def test_the_smoke_preset_runs_is_judged_and_drawn(name, results):
 def test_committed_results_are_those_of_the_full_preset_and_make_the_committed_figure(name):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     experiment = importlib.import_module(name).EXPERIMENT
-    if name in BEING_RUN and not (machinery.FIGURES / f"{name}.png").is_file():
+    if name in BEING_RUN and not (drawing.FIGURES / f"{name}.png").is_file():
         pytest.skip("not all of its runs are made yet")
     found = machinery.collect(experiment, "full")
     assert all(r["config_hash"] and r["preset"] == "full" for r in found)
-    assert (machinery.FIGURES / f"{name}.png").is_file() and experiment.verdict(found)
+    assert (drawing.FIGURES / f"{name}.png").is_file() and experiment.verdict(found)
     assert all(panel.has_data() for panel in experiment.draw(found).axes)
     pyplot.close("all")
 

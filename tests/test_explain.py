@@ -22,22 +22,17 @@ from caldera_jax import (
     Dithered,
     NormalFloat,
     Uniform,
-    artifact,
-    calibration,
-    cli,
     codebooks,
-    explain,
-    files,
     hessian,
     incoherence,
     linear,
     objective,
-    report,
 )
-from caldera_jax.compress import RunConfig, Tokens, compress, recorded
+from caldera_jax.jobs import artifact, calibration, cli, explain, report
+from caldera_jax.jobs.compress import RunConfig, Tokens, compress, recorded
 from caldera_jax.ldlq import ldlq
 from caldera_jax.lplr import LowRank
-from caldera_jax.models import convert, llama
+from caldera_jax.models import convert, files, llama
 
 ldlq = jax.jit(ldlq, static_argnums=1)
 SHAPES = ((16, 24), (24, 16), (10, 13))

@@ -17,10 +17,11 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from caldera_jax import artifact, evaluate, export, files, hadamard, linear
+from caldera_jax import hadamard, linear
 from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
+from caldera_jax.jobs import artifact, evaluate, export
 from caldera_jax.kernels.matmul import Packed
-from caldera_jax.models import convert, data, llama, tokenizer, weights
+from caldera_jax.models import convert, data, files, llama, tokenizer, weights
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig
 
 SCALING = Llama3RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)

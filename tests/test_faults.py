@@ -15,7 +15,8 @@ import tiny
 from safetensors.numpy import save
 from test_compress import weight_files
 
-from caldera_jax import cli, files
+from caldera_jax.jobs import cli
+from caldera_jax.models import files
 
 COMPRESS = ["compress", "model", "--rank", "4", "--outer-iterations", "40", "--processes", "1", "--calibration-text",
             "text.txt", "--calibration-windows", "8", "--calibration-window", "32", "--evaluation-text", "text.txt",
@@ -37,7 +38,7 @@ def place(tmp_path_factory):
 def start(place: Path, command: list[str], out: str) -> subprocess.Popen:
     """The command, in a session of its own."""
     environment = os.environ | {"CALDERA_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([sys.executable, "-m", "caldera_jax.cli", *command, "--out", out], cwd=place,
+    return subprocess.Popen([sys.executable, "-m", "caldera_jax.jobs.cli", *command, "--out", out], cwd=place,
                             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                             start_new_session=True)
 

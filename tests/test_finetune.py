@@ -15,11 +15,14 @@ import tiny
 from matrices import gaussian, hessian
 from test_compress import weight_files
 
-from caldera_jax import CalderaConfig, apply, artifact, cli, compress_matrix, files, finetune, packing
-from caldera_jax.compress import RunConfig, compress
-from caldera_jax.finetune import Batch, FinetuneConfig, TrainConfig, loosen
+from caldera_jax import CalderaConfig, apply, compress_matrix, packing
+from caldera_jax.jobs import artifact, cli, finetune, training
+from caldera_jax.jobs import student as students
+from caldera_jax.jobs.compress import RunConfig, compress
+from caldera_jax.jobs.finetune import FinetuneConfig
+from caldera_jax.jobs.student import Batch, TrainConfig, loosen
 from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import llama, weights
+from caldera_jax.models import files, llama, weights
 from caldera_jax.models.data import Tokens
 
 CHEAP = CalderaConfig(rank=4, outer_iterations=2, inner_iterations=1, quantizer="uniform", factor_quantizer="uniform")
@@ -68,7 +71,7 @@ def test_a_loosened_layer_computes_what_the_packed_one_does(config, ranks):
 def test_trained_factors_are_of_one_size_and_of_the_same_product_to_the_bit(left, right):
     rng = np.random.default_rng(0)
     factors = [jnp.asarray(size * rng.normal(size=(3, n)), jnp.float32) for size, n in ((left, 24), (right, 40))]
-    found = finetune._balanced(*factors)
+    found = students._balanced(*factors)
     np.testing.assert_array_equal(found[0].T @ found[1], factors[0].T @ factors[1])
     sizes = [float(jnp.sqrt(jnp.mean(factor**2))) for factor in found]
     assert 0.5 <= sizes[0] / sizes[1] <= 2 if left else sizes == pytest.approx([0, 1], rel=0.3)
@@ -129,7 +132,7 @@ def goals(small):
 def test_gradients_are_slopes_of_the_loss(small, goal):
     config, params, _, _ = small
     train = TrainConfig(ranks=2, goal=goal, temperature=1.7, batch=4)
-    model, free = finetune.student(config, params, train, 3)
+    model, free = students.student(config, params, train, 3)
     free = wide(free)
     if goal == "labels":
         free["classifier"] = jnp.asarray(gaussian(3, config.dim))
@@ -152,7 +155,7 @@ def test_gradients_are_slopes_of_the_loss(small, goal):
 
 def test_the_losses_are_those_of_the_definitions(small):
     config, params, dense, tokens = small
-    model, free = finetune.student(config, params, TrainConfig(temperature=2.0, batch=4))
+    model, free = students.student(config, params, TrainConfig(temperature=2.0, batch=4))
     logits = np.asarray(llama.forward(config, params, tokens))
     theirs = np.asarray(llama.forward(config, dense, tokens))
 
@@ -164,19 +167,19 @@ def test_the_losses_are_those_of_the_definitions(small):
     expected = 4 * np.mean(np.sum(p * np.log(p / q), -1))
     assert expected > 0.01
     assert float(model.loss(wide(free), model.place(goals(small)["distill"]))) == pytest.approx(expected, rel=1e-6)
-    text = finetune.student(config, params, TrainConfig(goal="text", batch=4))[0]
+    text = students.student(config, params, TrainConfig(goal="text", batch=4))[0]
     own = -np.log(np.take_along_axis(softmax(logits)[:, :-1], tokens[:, 1:, None], -1)).mean()
     assert float(text.loss(wide(free), text.place(Batch(tokens)))) == pytest.approx(own, rel=1e-6)
-    assert float(finetune.soft_loss(jnp.asarray(logits[0]), jnp.asarray(logits[0]), 3.0)) == 0
+    assert float(students.soft_loss(jnp.asarray(logits[0]), jnp.asarray(logits[0]), 3.0)) == 0
     batch, classifier = goals(small)["labels"], np.asarray(gaussian(3, config.dim), np.float64)
-    model, free = finetune.student(config, params | {"classifier": classifier}, TrainConfig(goal="labels", batch=4), 3)
+    model, free = students.student(config, params | {"classifier": classifier}, TrainConfig(goal="labels", batch=4), 3)
     np.testing.assert_array_equal(free["classifier"], classifier.astype(np.float32))  # it goes on from there
     x = np.asarray(model.streams(wide(free), model.place(batch))[-1])[np.arange(4), batch.lengths - 1]
     x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * params["norm"]
     q = softmax(x @ classifier.astype(np.float32).astype(np.float64).T)
     own = -np.log(q[np.arange(4), batch.labels]).mean()
     assert float(model.loss(wide(free), model.place(batch))) == pytest.approx(own, rel=1e-6)
-    assert finetune.accuracy(model, wide(free), batch) == np.mean(q.argmax(-1) == batch.labels)
+    assert training.accuracy(model, wide(free), batch) == np.mean(q.argmax(-1) == batch.labels)
 
 
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
@@ -184,8 +187,8 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
     found = []
     for accumulate in (1, 2, 4):
         train = TrainConfig(goal="text", ranks=1, batch=4, accumulate=accumulate)
-        model, free = finetune.student(config, params, train)
-        found.append(finetune._mean_gradient(model, wide(free), Batch(tokens)))
+        model, free = students.student(config, params, train)
+        found.append(training._mean_gradient(model, wide(free), Batch(tokens)))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-12)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradient, found[0][1])
@@ -202,7 +205,7 @@ def test_the_gradient_of_a_block_holds_no_dense_layer_but_the_one_at_hand(quanti
 
     def part(grid, rows, width):
         codes = jax.ShapeDtypeStruct((rows, packing.row_bytes(-(-width // grid.block), grid.code_bits)), np.uint8)
-        return finetune.Packed(codes, number(1, 1) if grid.group is None else number(rows, -(-width // grid.group)))
+        return students.Packed(codes, number(1, 1) if grid.group is None else number(rows, -(-width // grid.group)))
 
     config = llama.LlamaConfig(8, dim, layers=1, heads=4, kv_heads=4, head_dim=dim // 4, ffn_dim=dim)
     block = {name: CompressedLinear(*(part(grid, rows, width) for grid, rows, width in
@@ -212,7 +215,7 @@ def test_the_gradient_of_a_block_holds_no_dense_layer_but_the_one_at_hand(quanti
     free = {name: {"left_side": layer.left_side, "right_side": layer.right_side} for name, layer in block.items()}
     vectors = {name: number(*shape) for name, shape in llama.vector_shapes(config).items()}
     x = number(1, tokens, dim)
-    memory = finetune._pull.lower(config, {**block, **vectors}, free, x, x).compile().memory_analysis()
+    memory = students._pull.lower(config, {**block, **vectors}, free, x, x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < most * 4 * dim * dim
 
 
@@ -221,7 +224,7 @@ def test_the_gradient_of_a_block_holds_no_dense_layer_but_the_one_at_hand(quanti
 
 @jax.numpy_dtype_promotion("standard")  # as in _update
 def test_rates_rise_over_the_warm_up_and_fall_as_told():
-    of = lambda kind, step, warmup=0.1: float(finetune.schedule(TrainConfig(schedule=kind, warmup=warmup), 100)(step))
+    of = lambda kind, step, warmup=0.1: float(training.schedule(TrainConfig(schedule=kind, warmup=warmup), 100)(step))
     for kind in ("linear", "cosine", "constant"):
         assert of(kind, 0) == pytest.approx(1 / 11) and of(kind, 5) == pytest.approx(6 / 11)
         assert of(kind, 10) == pytest.approx(1)
@@ -230,15 +233,15 @@ def test_rates_rise_over_the_warm_up_and_fall_as_told():
     assert of("cosine", 55) == pytest.approx(0.5) and of("cosine", 33) == pytest.approx(
         (1 + np.cos(np.pi * 23 / 90)) / 2)
     assert of("constant", 99) == 1
-    assert np.isfinite([float(finetune.schedule(TrainConfig(), steps)(0)) for steps in (0, 1, 2)]).all()
+    assert np.isfinite([float(training.schedule(TrainConfig(), steps)(0)) for steps in (0, 1, 2)]).all()
 
 
 def test_a_step_is_adamw_with_a_rate_for_signs_and_one_for_factors_and_no_decay_of_signs():
     train = TrainConfig(sign_rate=1e-2, factor_rate=1e-3, weight_decay=0.5, clip=1e9, schedule="constant", warmup=0.0)
     free = {"blocks": [{"q": {"left_side": jnp.ones(3), "trained": (jnp.full((1, 3), 2.0), jnp.full((1, 2), -2.0))}}]}
     gradient = jax.tree.map(lambda a: jnp.full_like(a, 0.3), free)
-    chosen = finetune.optimizer(train, 5)
-    new, _ = finetune._update(chosen, free, chosen.init(free), gradient)
+    chosen = training.optimizer(train, 5)
+    new, _ = training._update(chosen, free, chosen.init(free), gradient)
     of = new["blocks"][0]["q"]
     np.testing.assert_allclose(of["left_side"], 1 - 1e-2, rtol=1e-6)  # Adam's first step is of size 1
     np.testing.assert_allclose(of["trained"][0], 2 - 1e-3 * (1 + 0.5 * 2), rtol=1e-6)
@@ -247,11 +250,11 @@ def test_a_step_is_adamw_with_a_rate_for_signs_and_one_for_factors_and_no_decay_
 
 def test_every_window_is_seen_once_an_epoch_in_an_order_of_its_own():
     train = TrainConfig(batch=4, seed=7)
-    first, second = (np.concatenate(finetune.batches(train, 18, epoch)) for epoch in (0, 1))
+    first, second = (np.concatenate(training.batches(train, 18, epoch)) for epoch in (0, 1))
     for order in (first, second):
         assert len(order) == 16 and len(set(order.tolist())) == 16 and set(order.tolist()) <= set(range(18))
     assert first.tolist() != second.tolist()
-    np.testing.assert_array_equal(first, np.concatenate(finetune.batches(train, 18, 0)))
+    np.testing.assert_array_equal(first, np.concatenate(training.batches(train, 18, 0)))
 
 
 # ---- runs
@@ -306,7 +309,7 @@ def test_cut_off_and_started_again_it_ends_with_the_same_bytes(place, finished, 
     if train is not QUICK:
         expected = finetune.finetune(settings(place, train), tmp_path / "whole")
         whole = tmp_path / "whole"
-    update, calls = finetune._update, []
+    update, calls = training._update, []
 
     def cut(*arguments):
         calls.append(0)
@@ -315,11 +318,11 @@ def test_cut_off_and_started_again_it_ends_with_the_same_bytes(place, finished, 
         return update(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_update", cut)
+        patch.setattr(training, "_update", cut)
         with pytest.raises(KeyboardInterrupt):
             finetune.finetune(settings(place, train), tmp_path / "out")
     counted = []
-    monkeypatch.setattr(finetune, "_update", lambda *a: counted.append(0) or update(*a))
+    monkeypatch.setattr(training, "_update", lambda *a: counted.append(0) or update(*a))
     resumed = finetune.finetune(settings(place, train), tmp_path / "out")
     assert 0 < len(counted) < len(calls) + len(counted) - 1  # something was kept
     for name in ("losses", "validation", "fits"):
@@ -333,7 +336,7 @@ def test_a_full_disk_keeps_the_last_state_and_says_so(place, finished, tmp_path,
     """Wherever it fills: at a checkpoint of orbax, at a layer, at the report."""
     out, write = tmp_path / "out", files.write
     full = lambda error: (_ for _ in ()).throw(error)
-    manager = finetune.ocp.CheckpointManager
+    manager = training.ocp.CheckpointManager
     save, counted = manager.save, []
     for target, name, at in ((manager, "save", 3), (files, "write", "blocks.1.up.safetensors"),
                              (files, "write", "report.json")):
@@ -348,8 +351,8 @@ def test_a_full_disk_keeps_the_last_state_and_says_so(place, finished, tmp_path,
             patch.setattr(target, name, fails)
             with pytest.raises(OSError, match="No space left"):
                 finetune.finetune(settings(place), out)
-    update, steps = finetune._update, []
-    monkeypatch.setattr(finetune, "_update", lambda *a: steps.append(0) or update(*a))
+    update, steps = training._update, []
+    monkeypatch.setattr(training, "_update", lambda *a: steps.append(0) or update(*a))
     resumed = finetune.finetune(settings(place), out)
     assert not steps and weight_files(out) == weight_files(place / "finished")  # nothing was left to train
     assert resumed["compressed_perplexity"] == finished["compressed_perplexity"]
@@ -436,7 +439,7 @@ def test_bad_input_is_named(place, finished, tmp_path):
     for train, message in ((TrainConfig(), "signs are to be trained, and no layer has any"),
                            (TrainConfig(signs=False, ranks=1), "ranks are to be trained, and no layer has any")):
         with pytest.raises(ValueError, match=message):
-            finetune.student(tiny.SQUARE, bare, train)
+            students.student(tiny.SQUARE, bare, train)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="exceed the model's context"):
         finetune.finetune(dataclasses.replace(settings(place), text=Tokens(windows=8, window=999), aside=1), tmp_path)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from test_llama import CONFIGS, every_config, forward, make
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from caldera_jax import artifact, codebooks, files, generate, linear, packing
-from caldera_jax.generate import Sampling, Text
-from caldera_jax.models import convert, llama
+from caldera_jax import codebooks, linear, packing
+from caldera_jax.jobs import artifact, generate
+from caldera_jax.jobs.generate import Sampling, Text
+from caldera_jax.models import convert, files, llama
 from caldera_jax.models.convert import Model
 
 GQA = CONFIGS["gqa"]

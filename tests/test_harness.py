@@ -24,8 +24,9 @@ import datasets  # noqa: E402
 import lm_eval  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from caldera_jax import CalderaConfig, compress_matrix, export, harness  # noqa: E402
-from caldera_jax.harness import CalderaLM, TaskConfig  # noqa: E402
+from caldera_jax import CalderaConfig, compress_matrix  # noqa: E402
+from caldera_jax.jobs import export, harness  # noqa: E402
+from caldera_jax.jobs.harness import CalderaLM, TaskConfig  # noqa: E402
 from caldera_jax.linear import CompressedLinear  # noqa: E402
 from caldera_jax.models import convert, llama  # noqa: E402
 from caldera_jax.models.convert import Model  # noqa: E402
@@ -246,6 +247,6 @@ def test_what_a_model_or_a_task_lacks_is_told(exported):
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    monkeypatch.delitem(sys.modules, "caldera_jax.harness")
+    monkeypatch.delitem(sys.modules, "caldera_jax.jobs.harness")
     with pytest.raises(ValueError, match=r"pip install 'caldera-jax\[eval\]'"):
-        importlib.import_module("caldera_jax.harness")
+        importlib.import_module("caldera_jax.jobs.harness")

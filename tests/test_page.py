@@ -16,11 +16,12 @@ import pytest
 import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from caldera_jax import CalderaConfig, Decomposition, artifact, codebooks, evaluate, explain, files, incoherence, linear
-from caldera_jax import page as module
-from caldera_jax.compress import RunConfig, Tokens, compress, texts
+from caldera_jax import CalderaConfig, Decomposition, codebooks, incoherence, linear
+from caldera_jax.jobs import artifact, evaluate, explain, facts, markup
+from caldera_jax.jobs import page as module
+from caldera_jax.jobs.compress import RunConfig, Tokens, compress, texts
 from caldera_jax.lplr import LowRank
-from caldera_jax.models import convert, llama, weights
+from caldera_jax.models import convert, files, llama, weights
 
 CALDERA = CalderaConfig(rank=3, outer_iterations=1, inner_iterations=1, quantizer="uniform", q_bits=3,
                         factor_quantizer="uniform")
@@ -50,12 +51,12 @@ def run(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(run):
-    return module.measure(*run)
+    return facts.measure(*run)
 
 
 @pytest.fixture(scope="module")
 def read(run):
-    return module.read_text(run[0])
+    return facts.read_text(run[0])
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +191,12 @@ def test_shares_along_the_directions_sum_to_one(measured):
 
 def test_no_layer_has_spectra_but_the_examples(run, measured):
     rows = explain.report_of(run[0])["layers"]
-    chosen = module.examples(rows)
+    chosen = facts.examples(rows)
     assert {f.path for f in measured if f.spectra} == set(chosen) and len(chosen) == 3
     reasons = {why: path for path, why in chosen.items()}
     assert reasons["the largest"] == max(rows, key=lambda row: row["error"])["path"]
     assert reasons["the smallest"] == min(rows, key=lambda row: row["error"])["path"]
-    assert len(module.examples(rows[:1])) == 1 and len(module.examples(rows[:2])) == 2
+    assert len(facts.examples(rows[:1])) == 1 and len(facts.examples(rows[:2])) == 2
 
 
 def test_the_same_directory_gives_the_same_bytes_and_nothing_else(run, page, tmp_path):
@@ -236,7 +237,7 @@ def test_directions_channels_and_spectra_are_those_of_known_eigenvectors(m, n, r
     h = (basis * values) @ basis.T
     h = (h + h.T) / 2
     found, vectors = np.linalg.eigh(h)
-    f = module.of_layer("blocks.7.up", layer, w, h, (found[::-1], vectors[:, ::-1]), True)
+    f = facts.of_layer("blocks.7.up", layer, w, h, (found[::-1], vectors[:, ::-1]), True)
     e = q + low_rank - w
     assert (f.block, f.kind, f.weights, f.rank) == (7, "up", m * n, rank)
     # neighbouring eigenvalues are 4/n of their size apart, so eigenvectors are known to about n eps cond = 1e3 n eps;
@@ -257,12 +258,12 @@ def test_directions_channels_and_spectra_are_those_of_known_eigenvectors(m, n, r
 def test_a_dead_layer_and_dead_channels_are_drawn_as_nothing():
     w, layer, *_ = stored(9, 14, 2)
     w[:, 3] = 0
-    dead = [module.of_layer(f"blocks.{i}.q", layer, w, np.zeros((14, 14)), (np.zeros(14), np.eye(14)), True)
+    dead = [facts.of_layer(f"blocks.{i}.q", layer, w, np.zeros((14, 14)), (np.zeros(14), np.eye(14)), True)
             for i in range(2)]
     assert dead[0].error == 0 and np.isnan(dead[0].taken[3]) and np.isfinite(dead[0].taken).sum() == 13
     chosen = {"blocks.1.q": "all"}
     few = np.diag(np.arange(14) > 9).astype(np.float64)
-    f = module.of_layer("blocks.0.q", layer, w, few, (np.ones(14), np.eye(14)), False)
+    f = facts.of_layer("blocks.0.q", layer, w, few, (np.ones(14), np.eye(14)), False)
     assert np.array_equal(f.diagonal, np.diag(few))  # the median is of what is active
     content = module.bits(dead, {}) + module.errors(dead, {})
     assert "nan" not in re.sub("base64,[^\"]*", "", content) and len(pictures(content)) == 6
@@ -396,11 +397,11 @@ def test_tokens_that_look_like_markup_are_shown_and_not_obeyed(page, by_forward,
     shown = convert.load(base.model).tokenizer.decode(windows[0].tolist())
     assert "<i>&amp;" in shown and Reader(page).passage == shown
     assert "<i>" not in page and ">&lt;</span>" in page and ">&amp;</span>" in page
-    assert module.table(("<a>",), [("<b> & c",)]).count("<") == module.table(("a",), [("b",)]).count("<")
+    assert markup.table(("<a>",), [("<b> & c",)]).count("<") == markup.table(("a",), [("b",)]).count("<")
 
 
 def test_a_token_is_shaded_by_its_rise():
-    text = module.TextFacts([["a", "b", "c", "d"]], np.asarray([[1.0, 4.0, 2.0]]), np.asarray([[4.0, 2.5, 2.05]]))
+    text = facts.TextFacts([["a", "b", "c", "d"]], np.asarray([[1.0, 4.0, 2.0]]), np.asarray([[4.0, 2.5, 2.05]]))
     shown = module.tokens(text)
     passage = shown.split("<div class=passage>")[1]
     assert passage.startswith('a<span style="background:rgba(213,94,0,0.75)" title="base 0.368, compressed 0.0183">b<')
@@ -417,7 +418,7 @@ def test_every_token_is_in_one_bin(read, page):
         assert int(row[1]) == inside.sum() and (not inside.any() or row[2] == f"{rise[inside].mean():.4f}")
     shares = [float(row[3].removesuffix(" %")) for row in rows if row[3] != "–"]
     assert sum(shares) == pytest.approx(100, abs=0.051 * len(rows))
-    never = module.TextFacts([["a", "b", "c"]], np.asarray([[800.0, 0.0]]), np.asarray([[800.0, 0.0]]))
+    never = facts.TextFacts([["a", "b", "c"]], np.asarray([[800.0, 0.0]]), np.asarray([[800.0, 0.0]]))
     bins = Reader(module.tokens(never)).tables["p base"][1:]  # p = 0 and p = 1
     assert [int(row[1]) for row in bins] == [1, 0, 0, 0, 1]
 
@@ -425,13 +426,13 @@ def test_every_token_is_in_one_bin(read, page):
 def test_pieces_are_the_text_with_its_blanks(base):
     tokenizer = convert.load(base.model).tokenizer
     encode = lambda tokenizer, text: np.asarray(tokenizer.encode(text, add_special_tokens=False).ids)
-    assert module.pieces(tokenizer, encode(tokenizer, " ab <")) == [" ", "a", "b", " ", "<"]
-    assert module.pieces(tokenizer, encode(tokenizer, "xé!")) == ["x", "\ufffd", "é", "!"]
+    assert facts.pieces(tokenizer, encode(tokenizer, " ab <")) == [" ", "a", "b", " ", "<"]
+    assert facts.pieces(tokenizer, encode(tokenizer, "xé!")) == ["x", "\ufffd", "é", "!"]
     words = Tokenizer(models.WordLevel({"▁the": 0, "▁code": 1, "?": 2}, unk_token="?"))
     words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     words.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    assert module.pieces(words, encode(words, "the code the code")) == ["the", " code", " the", " code"]
+    assert facts.pieces(words, encode(words, "the code the code")) == ["the", " code", " the", " code"]
 
 
 # ---- refusals
@@ -465,6 +466,6 @@ def test_another_model_or_text_than_the_runs_is_refused(run, base, tmp_path, mon
     with pytest.raises(ValueError, match="is not the model that"):
         module.write(run[0], tmp_path / "page.html")
     monkeypatch.setattr(convert, "load", load)
-    monkeypatch.setattr(module.data, "load_text", lambda name: ["Another.\n\ntext " * 300])
+    monkeypatch.setattr(facts.data, "load_text", lambda name: ["Another.\n\ntext " * 300])
     with pytest.raises(ValueError, match="evaluation text .* has changed since"):
         module.write(run[0], tmp_path / "page.html")

@@ -13,7 +13,7 @@ import oracles
 import pytest
 import tiny
 
-from caldera_jax import evaluate
+from caldera_jax.jobs import evaluate
 from caldera_jax.models import llama
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from caldera_jax import cli
+from caldera_jax.jobs import cli, presets
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
+import drawing  # noqa: E402
 import dry_run  # noqa: E402
-import machinery  # noqa: E402
 import published  # noqa: E402
 
 SETTINGS, ENTRIES = published.load()
@@ -173,13 +173,13 @@ def test_the_dry_run_has_the_true_shapes_and_the_settings_of_the_preset_but_what
     config = dry_run.Config()
     assert dry_run.llama.shapes(config.model) == dry_run.llama.shapes(published.SHAPES["LLaMA-2 7B"])
     found = parse(shlex.join(["caldera", *dry_run.arguments(config, "MODEL", "text.txt", "OUT")]), monkeypatch)
-    preset = cli.PRESETS["paper"]
+    preset = presets.PRESETS["paper"]
     assert found.caldera == cli.override(preset.caldera, outer_iterations=1)
     assert found.calibration.window == preset.calibration.window and found.seed == preset.seed
 
 
 def test_the_dry_run_of_the_smallest_shapes_records_every_layer_and_no_path(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(machinery, "RESULTS", tmp_path)
+    monkeypatch.setattr(drawing, "RESULTS", tmp_path)
     dry_run.main(dry_run.Config("smoke"))
     text = dry_run.path_of(dry_run.SMOKE).read_text()
     found = json.loads(text)

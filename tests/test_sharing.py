@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from caldera_jax import evaluate
+from caldera_jax.jobs import evaluate
 from caldera_jax.models import llama
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))

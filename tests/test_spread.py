@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
-from caldera_jax import artifact, calibration, files, spread
-from caldera_jax.models import convert
+from caldera_jax.jobs import artifact, calibration, spread
+from caldera_jax.models import convert, files
 
 SETTINGS = ["--rank", "0", "--q-bits", "3", "--quantizer", "uniform", "--factor-quantizer", "uniform",
             "--rotation", "none", "--outer-iterations", "1", "--inner-iterations", "1", "--calibration-windows", "5",
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 
 def start(place, out, *more, devices=1, model="model"):
     text = ["--calibration-text", str(place / "text.txt"), "--evaluation-text", str(place / "text.txt")]
-    command = [sys.executable, "-m", "caldera_jax.cli", "compress", str(place / model), "--out", str(out)]
+    command = [sys.executable, "-m", "caldera_jax.jobs.cli", "compress", str(place / model), "--out", str(out)]
     environment = os.environ | {"CALDERA_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu", "XLA_FLAGS":
                                 f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen([*command, *SETTINGS, *text, *more], env=environment, text=True, stdout=subprocess.PIPE,

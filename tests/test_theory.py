@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from caldera_jax import report
+from caldera_jax.jobs import report
 
 THEORY = Path(__file__).parent.parent / "theory"
 CLAIMS = sorted(path.stem for path in THEORY.glob("*.py") if "common.run(" in path.read_text())

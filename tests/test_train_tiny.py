@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny import WORDS
 
-from caldera_jax import evaluate, files, report
-from caldera_jax.models import convert, data, llama, tokenizer, weights
+from caldera_jax.jobs import evaluate, report
+from caldera_jax.models import convert, data, files, llama, tokenizer, weights
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
@@ -37,7 +37,7 @@ def batch(config, tokens, step):
         os.kill(os.getpid(), signal.SIGKILL)
     return draws(config, tokens, step)
 
-train_tiny.machinery.RESULTS, train_tiny.batch = Path(sys.argv[2]), batch
+train_tiny.drawing.RESULTS, train_tiny.batch = Path(sys.argv[2]), batch
 train_tiny.train(dataclasses.replace(train_tiny.preset("smoke"), text=sys.argv[3]))
 """
 
@@ -59,7 +59,7 @@ def config(text):
 def home(tmp_path, monkeypatch):
     """A cache and a folder of records of this test alone."""
     monkeypatch.setenv("CALDERA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(train_tiny.machinery, "RESULTS", tmp_path)
+    monkeypatch.setattr(train_tiny.drawing, "RESULTS", tmp_path)
     return tmp_path
 
 
@@ -69,7 +69,7 @@ def trained(config, tmp_path_factory):
     home = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CALDERA_CACHE", str(home / "cache"))
-        patch.setattr(train_tiny.machinery, "RESULTS", home)
+        patch.setattr(train_tiny.drawing, "RESULTS", home)
         return train_tiny.train(config), train_tiny.directory(config)
 
 
@@ -323,7 +323,7 @@ def test_the_figure_is_of_the_record_and_labelled_from_its_configuration(config,
 def test_drawing_trains_nothing(config, trained, home, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(train_tiny.PRESETS, "smoke", config)
-    monkeypatch.setattr(train_tiny.machinery, "FIGURES", home)
+    monkeypatch.setattr(train_tiny.drawing, "FIGURES", home)
     monkeypatch.setattr(train_tiny, "_train", None)
     with pytest.raises(ValueError, match="no record .* python experiments/train_tiny.py --preset smoke"):
         train_tiny.main("smoke", draw_only=True)

@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 
+import drawing  # noqa: E402
 import inner  # noqa: E402
 import machinery  # noqa: E402
 import outer  # noqa: E402
@@ -79,7 +80,7 @@ def test_what_no_seed_varies_is_said_and_one_seed_decides_nothing():
 
 def test_configurations_of_the_committed_runs_are_still_run():
     paths = {machinery.path_of(outer.EXPERIMENT, "full", config) for config in outer.runs("full")}
-    assert set((machinery.RESULTS / "outer").glob("full_*.json")) <= paths and len(paths) == 342
+    assert set((drawing.RESULTS / "outer").glob("full_*.json")) <= paths and len(paths) == 342
 
 
 def factorized(parts, bits: int = 4, rank: int = 16):

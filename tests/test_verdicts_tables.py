@@ -11,7 +11,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
 import ablations  # noqa: E402
-import machinery  # noqa: E402
+import drawing  # noqa: E402
 import perplexity  # noqa: E402
 
 BASE, SEEDS = 20.0, 3
@@ -94,7 +94,7 @@ def test_the_downdate_with_ten_passes_is_compared_with_ten_passes_and_pairs_the_
 
 def test_smollm2_is_read_by_the_names_of_its_runs_and_a_missing_one_is_named_with_its_command(tmp_path, monkeypatch):
     assert list(perplexity.models(alone())) == ["toy"]  # beside the full preset only
-    monkeypatch.setattr(machinery, "RESULTS", tmp_path)
+    monkeypatch.setattr(drawing, "RESULTS", tmp_path)
     (tmp_path / "whole_model_stray.json").write_text("{}")
     with pytest.raises(ValueError, match=r"whole_model_q2.json is missing: python .*whole_model.py q2"):
         perplexity.models([r | {"preset": "full"} for r in alone()])

@@ -7,10 +7,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 
-import machinery  # noqa: E402
+import drawing  # noqa: E402
 import whole_model  # noqa: E402
 
-from caldera_jax import files  # noqa: E402
+from caldera_jax.models import files  # noqa: E402
 
 
 @pytest.mark.parametrize("name", whole_model.RUNS)
@@ -21,7 +21,7 @@ def test_a_committed_report_is_of_its_own_configuration_and_of_one_base(name):
 
 def test_a_missing_report_one_of_another_configuration_and_an_unknown_run_are_named(tmp_path, monkeypatch):
     found = whole_model.record("q2")
-    monkeypatch.setattr(machinery, "RESULTS", tmp_path)
+    monkeypatch.setattr(drawing, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="whole_model_q2.json is missing: python experiments/whole_model.py q2"):
         whole_model.record("q2")
     files.write_json(whole_model.path_of("q3"), found)

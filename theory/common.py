@@ -16,12 +16,13 @@ sys.path.append(str(HERE.parent / "tests"))
 
 from matrices import decaying, gaussian, heavy_tailed, hessian, orthogonal, with_spectrum  # noqa: E402, F401
 
-from caldera_jax import CalderaConfig, HessianFactors, caldera, calibration, files, report  # noqa: E402
+from caldera_jax import CalderaConfig, HessianFactors, caldera  # noqa: E402
 from caldera_jax import incoherence as rotations  # noqa: E402
 from caldera_jax.codebooks import by_bits, quantize  # noqa: E402
 from caldera_jax.decompose import Trace  # noqa: E402
 from caldera_jax.hessian import factor  # noqa: E402
-from caldera_jax.models import convert, data, llama  # noqa: E402
+from caldera_jax.jobs import calibration, report  # noqa: E402
+from caldera_jax.models import convert, data, files, llama  # noqa: E402
 from caldera_jax.objective import proxy_loss  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from caldera_jax import files, report
+from caldera_jax.jobs import report
+from caldera_jax.models import files
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "theory/results/mutations.json"

@@ -58,7 +58,7 @@ from common import loss
 from caldera_jax import CalderaConfig, hessian, regression
 from caldera_jax import ldlq as ldlqs
 from caldera_jax.codebooks import by_bits, fit_scale, pad_columns
-from caldera_jax.explain import account, rounding_error
+from caldera_jax.jobs.explain import account, rounding_error
 from caldera_jax.objective import rate_distortion_error, rate_distortion_limit, rate_gap, relative_error
 
 

@@ -19,16 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from caldera_jax import allocate, artifact, calibration, evaluate, files, hessian, report, spread
+from caldera_jax import allocate
 from caldera_jax.allocate import ErrorModel, Option
-from caldera_jax.artifact import fingerprint
 from caldera_jax.decompose import CalderaConfig
+from caldera_jax.jobs import artifact, calibration, evaluate, report, spread
+from caldera_jax.jobs.artifact import fingerprint
+from caldera_jax.jobs.run import Run
 from caldera_jax.linear import CompressedLinear, compress_matrix
-from caldera_jax.models import convert, data, llama
+from caldera_jax.models import convert, data, files, llama
 from caldera_jax.models.convert import Model
 from caldera_jax.models.data import Tokens
 from caldera_jax.objective import proxy_loss, ratio
-from caldera_jax.run import Run
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _given(config: RunConfig, model: Model, folder: Path, index: int, i: int):
     key = jax.random.fold_in(jax.random.key(config.seed), index * len(llama.LINEARS) + i)
     w = jnp.asarray(model.params["blocks"][index][name])
     if config.hessians is None:
-        return key, w, hessian.load(calibration.spilled(folder, index, source))[source].mean()
+        return key, w, calibration.load_moments(calibration.spilled(folder, index, source))[source].mean()
     return key, w, jnp.asarray(calibration.released(Path(config.hessians), model.config, index, source))
 
 

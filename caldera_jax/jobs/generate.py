@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt32
 from tokenizers import Tokenizer
 
-from caldera_jax import artifact, linear, report
+from caldera_jax import linear
+from caldera_jax.jobs import artifact, report
 from caldera_jax.models import convert, llama, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LINEARS, LlamaConfig, Params

@@ -16,9 +16,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Key
 
-from caldera_jax import hessian, spread
+from caldera_jax import hessian
 from caldera_jax.hessian import Moments
-from caldera_jax.models import llama, weights
+from caldera_jax.jobs import spread
+from caldera_jax.models import files, llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
 CHUNK = 2048  # tokens, or one window, whose streams through all blocks ``traces`` keeps at a time
@@ -180,6 +181,19 @@ def _dense(params, index):
     return block
 
 
+def save_moments(path: Path, moments: dict[str, Moments]) -> None:
+    """Write named Moments to one safetensors file."""
+    files.write_arrays(path, {f"{name}.{field}": np.asarray(value) for name, m in moments.items()
+                              for field, value in m._asdict().items()})
+
+
+def load_moments(path: Path) -> dict[str, Moments]:
+    """What ``save_moments`` wrote; ValueError naming a file that is missing or damaged."""
+    arrays = files.read_arrays(path)
+    names = sorted({key.rsplit(".", 1)[0] for key in arrays})
+    return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}
+
+
 def spilled(directory: Path, index: int, name: str) -> Path:
     """The file of one input's Moments."""
     return directory / f"moments_{index:03d}_{name}.safetensors"
@@ -190,7 +204,7 @@ def spill(directory: Path, index: int, moments: dict[str, Moments]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(sorted(moments)):
         if (index + i) % spread.count() == spread.rank():
-            hessian.save(spilled(directory, index, name), {name: moments[name]})
+            save_moments(spilled(directory, index, name), {name: moments[name]})
 
 
 def released(directory: Path, config: LlamaConfig, index: int, name: str) -> Float[np.ndarray, "n n"]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from caldera_jax import calibration, generate, report
+from caldera_jax.jobs import calibration, generate, report
 from caldera_jax.models import llama, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LlamaConfig, Params

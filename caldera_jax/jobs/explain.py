@@ -11,13 +11,14 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from caldera_jax import artifact, calibration, files, hessian, incoherence, kernels, objective
+from caldera_jax import hessian, incoherence, kernels, objective
 from caldera_jax.codebooks import Codebook, rounding_error
-from caldera_jax.compress import RunConfig, calibrated, hessians_sha256, recorded
+from caldera_jax.jobs import artifact, calibration
+from caldera_jax.jobs.compress import RunConfig, calibrated, hessians_sha256, recorded
+from caldera_jax.jobs.run import moments_hash
 from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import data, llama
+from caldera_jax.models import data, files, llama
 from caldera_jax.models.convert import Model
-from caldera_jax.run import moments_hash
 
 
 class LayerTheory(NamedTuple):
@@ -165,7 +166,7 @@ def _hessians(config: RunConfig, run: dict[str, Any], model: Model, chosen: int,
     elif kept is not None and calibrated(folder := kept / moments_hash(run), chosen):
         for index in range(chosen):
             yield lambda name, index=index: wide(
-                hessian.load(calibration.spilled(folder, index, name))[name].mean())
+                calibration.load_moments(calibration.spilled(folder, index, name))[name].mean())
     else:
         sequential = config.activations == "compressed"
         inputs = calibration.collect(model.config, model.params, _tokens(config, run, model), chosen, sequential)

@@ -112,10 +112,11 @@ import numpy as np
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from caldera_jax import codebooks, files, report, spread
+from caldera_jax import codebooks
 from caldera_jax.codebooks import Codebook
+from caldera_jax.jobs import report, spread
 from caldera_jax.linear import CompressedLinear, Packed
-from caldera_jax.models import convert, weights
+from caldera_jax.models import convert, files, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Block

@@ -278,7 +278,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-P", "-m", "caldera_jax.cli", *arguments, "--coordinator", address,
+    command = [sys.executable, "-P", "-m", "caldera_jax.jobs.cli", *arguments, "--coordinator", address,
                "--processes", str(processes), "--process-id"]
     environment = os.environ | {
         WATCHED: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu", "NPROC": "1",

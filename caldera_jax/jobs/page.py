@@ -1,64 +1,21 @@
 """A page that explains a compressed model: one HTML file with its figures inside, no script and no link outwards."""
 
-import base64
-import html
-import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from caldera_jax import evaluate, explain, files, incoherence, kernels
 from caldera_jax.allocate import UNITS
-from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import data, llama
+from caldera_jax.jobs import explain
+from caldera_jax.jobs.facts import PARTS, LayerFacts, TextFacts, examples, measure, read_text
+from caldera_jax.jobs.markup import COLOURS, CSS, Markup, escape, panel, panels, paragraph, plots, table
+from caldera_jax.models import files, llama
 
-PARTS = ("codes of Q", "codes of L", "codes of R", "scales", "rotation", "trained factors")
-COLOURS = ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # also for the colour-blind (Okabe, Ito)
-STYLE: dict[Any, Any] = {
-    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "lines.linewidth": 1.3, "axes.grid": True,
-    "grid.linewidth": 0.4, "grid.alpha": 0.6, "axes.axisbelow": True, "figure.constrained_layout.use": True,
-    "svg.hashsalt": "caldera", "svg.fonttype": "path"}
-WINDOWS, RISEN, PASSAGE, BEFORE = 8, 20, 256, 12  # windows read; tokens listed, shown, and before a listed one
+RISEN, PASSAGE, BEFORE = 20, 256, 12  # tokens listed, shown, and before a listed one
 BINS = ((0.9, 1.0), (0.5, 0.9), (0.1, 0.5), (0.01, 0.1), (0.0, 0.01))  # of the base model's probability: (low, high]
-
-
-class LayerFacts(NamedTuple):
-    """What is kept of a layer W [m, n] ≈ Q + L R with H = Σ λᵢ vᵢ vᵢᵀ, λ falling.  E = Q + L R − W."""
-
-    path: str
-    block: int
-    kind: str
-    weights: int
-    rank: int
-    bits: dict[str, int]  # by part; their sum is stored_bits
-    loss: Float[np.ndarray, " n"]  # λᵢ ‖E vᵢ‖², whose sum is tr(E H Eᵀ)
-    energy: Float[np.ndarray, " n"]  # λᵢ ‖W vᵢ‖²
-    diagonal: Float[np.ndarray, " n"]  # Hⱼⱼ over its median
-    taken: Float[np.ndarray, " n"]  # ‖L R eⱼ‖² / ‖W eⱼ‖²; NaN where W eⱼ = 0
-    spectra: dict[str, np.ndarray]  # singular values over ‖W H^½‖_F by what they are of; empty but for the examples
-
-    @property
-    def error(self) -> float:
-        """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ))."""
-        energy = self.energy.sum()
-        return math.sqrt(max(self.loss.sum(), 0.0) / energy) if energy > 0 else 0.0
-
-
-class TextFacts(NamedTuple):
-    """Held-out windows, the text of each token, and the loss in nats of each but a window's first."""
-
-    pieces: list[list[str]]
-    base: Float[np.ndarray, "w s-1"]
-    compressed: Float[np.ndarray, "w s-1"]
-
-
-# ---- what is measured
 
 
 def write(directory: Path, target: Path, moments: Path | None = None) -> None:
@@ -84,106 +41,6 @@ def write(directory: Path, target: Path, moments: Path | None = None) -> None:
     files.write(target, render(report, measure(directory, moments), text).encode())
 
 
-def plots():
-    """matplotlib; ValueError where it is missing."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("the page's figures need matplotlib: pip install 'caldera-jax[plots]'") from error
-    return matplotlib
-
-
-def measure(directory: Path, moments: Path | None = None) -> list[LayerFacts]:
-    """The facts of every compressed layer, in order; raises as ``explain.layers``."""
-    chosen = examples(explain.report_of(directory)["layers"])
-    found, h, eigen = [], None, (np.empty(0), np.empty((0, 0)))
-    for path, layer, w, own, _ in explain.layers(directory, moments):
-        if h is None or not np.array_equal(own, h):  # q, k, v share theirs, and so do gate, up
-            h, (values, vectors) = own, np.linalg.eigh(own)
-            eigen = values[::-1], vectors[:, ::-1]
-        found.append(of_layer(path, layer, w, h, eigen, path in chosen))
-    return found
-
-
-def of_layer(path: str, layer: CompressedLinear, w: Float[np.ndarray, "m n"], h: Float[np.ndarray, "n n"],
-             eigen: tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n n"]], spectra: bool) -> LayerFacts:
-    """The facts of one layer; ``eigen``: λ falling and the vᵢ in columns.  Host function, O(m n²)."""
-    with jax.enable_x64(True), kernels.use("jax"):
-        q, low_rank = (np.asarray(part) for part in _parts(layer))
-    (values, vectors), e = eigen, q + low_rank - w
-    along = lambda a: values * np.sum((a @ vectors) ** 2, axis=0)
-    energy, diagonal, of_w = along(w), np.diag(h), np.sum(w**2, axis=0)
-    active = diagonal[diagonal > 0]
-    taken = np.divide(np.sum(low_rank**2, axis=0), of_w, out=np.full(len(of_w), np.nan), where=of_w > 0)
-    singular = {}
-    if spectra and energy.sum() > 0:  # A H^½ V has those of A H^½
-        root, norm = vectors * np.sqrt(np.clip(values, 0, None)), math.sqrt(energy.sum())
-        singular = {name: np.linalg.svd(a @ root, compute_uv=False) / norm
-                    for name, a in (("W", w), ("Q", q), ("L R", low_rank), ("E", e)) if a.any()}
-    _, block, kind = path.split(".")
-    return LayerFacts(path, int(block), kind, w.size, layer.rank, bits_of(layer), along(e), energy,
-                      diagonal / (np.median(active) if len(active) else 1.0), taken, singular)
-
-
-@jax.jit
-def _parts(layer):
-    """Q and L R in the caller's basis, float64; zeros for a part that is off."""
-    q, left, right = (None if part is None else part.astype(jnp.float64) for part in layer.rotated())
-    sides, none = layer.sides(jnp.float64), jnp.zeros(layer.shape, jnp.float64)
-    return (none if q is None else incoherence.undo(sides, q),
-            none if left is None else incoherence.undo(sides, left @ right))
-
-
-def bits_of(layer: CompressedLinear) -> dict[str, int]:
-    """Stored bits by PARTS, whose sum is ``stored_bits``."""
-    count = lambda tree: sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    parts = layer.q, layer.left_t, layer.right
-    codes = (0 if part is None else count(part.codes) for part in parts)
-    scales = [part.scale for part in parts if part is not None]
-    sides = layer.left_side, layer.right_side
-    return dict(zip(PARTS, (*codes, count(scales), count(sides), count(layer.trained)), strict=True))
-
-
-def examples(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """path -> why: the layers of the largest and of the smallest error, and the first of the largest others."""
-    size, error = lambda row: math.prod(row["shape"]), lambda row: row["error"]
-    worst, best = max(rows, key=error), min(rows, key=error)
-    others = [row for row in rows if row is not worst and row is not best]
-    return {worst["path"]: "the largest", best["path"]: "the smallest"} | (
-        {max(others, key=size)["path"]: "a large layer"} if others else {})
-
-
-def read_text(directory: Path) -> TextFacts:
-    """The first WINDOWS windows of the run's evaluation text and their losses under both models.
-
-    Raises ValueError where the model or the text is not, or no longer, the run's.
-    """
-    run, config, base, compressed = explain.opened(directory)
-    theirs = config.evaluation
-    tokens = data.windows_beside(base.tokenizer, theirs, config.calibration.text, "evaluation")
-    if files.sha256(tokens) != run["evaluation_sha256"]:
-        raise ValueError(f"the evaluation text {theirs.text!r} has changed since the run: put the old one back")
-    windows = tokens[:WINDOWS]
-    losses = (np.asarray(evaluate.token_losses(model.config, model.params, windows, title=title), np.float64)
-              for model, title in ((base, "base losses"), (compressed, "compressed losses")))
-    return TextFacts([pieces(base.tokenizer, window) for window in windows], *losses)
-
-
-def pieces(tokenizer, tokens: Int[np.ndarray, " s"]) -> list[str]:
-    """The text that each token adds (decoded alone, some lose their blank); U+FFFD for a part of a character."""
-    def decode(i, j):
-        return tokenizer.decode(tokens[max(i, 0):j].tolist(), skip_special_tokens=False)
-
-    def piece(i):
-        before, after = decode(i - 4, i).rstrip("\ufffd"), decode(i - 4, i + 1)
-        return after[len(before):] if after.startswith(before) else decode(i, i + 1)
-
-    return [piece(i) for i in range(len(tokens))]
-
-
-# ---- the page
-
-
 def render(report: dict[str, Any], layers: Sequence[LayerFacts], text: TextFacts) -> str:
     """The whole page."""
     sections = {"Summary": summary(report), "Where the bits went": bits(layers, report),
@@ -197,80 +54,6 @@ def render(report: dict[str, Any], layers: Sequence[LayerFacts], text: TextFacts
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}, compressed</title>\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{CSS}</style></head>\n'
             f"<body><h1>{name}, compressed</h1>\n<nav>{links}</nav>\n{body}\n</body></html>\n")
-
-
-escape = html.escape
-
-CSS = """
-body { max-width: 1160px; margin: 0 auto; padding: 0 16px 48px; color: #1a1a1a; background: #fff;
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
-nav a { display: inline-block; margin: 0 1rem .3rem 0; } p { max-width: 46rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top;
-  white-space: nowrap; }
-th { color: #555; font-weight: 600; } caption { text-align: left; color: #555; padding: .3rem 0; }
-.t { text-align: left; } table.text td.t { white-space: normal; min-width: 12rem; }
-tr.sum td { font-weight: 600; border-top: 2px solid #999; }
-.scroll { overflow-x: auto; } .wide { max-width: none; }
-.panels { display: flex; flex-wrap: wrap; gap: 12px; } .panels > * { flex: 0 1 375px; min-width: 0; }
-figure { margin: 0; max-width: 100%; } .panels img { width: 100%; height: auto; }
-mark { background: #f6c9a0; padding: 0 .1em; } details { margin: .8rem 0; } summary { cursor: pointer; color: #0060a0; }
-.passage { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 56rem; line-height: 1.8; padding: .8rem 1rem;
-  border: 1px solid #ddd; } .key span { padding: .1rem .5rem; }
-.big { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1rem 0; } .big div { color: #555; }
-.big b { display: block; font-size: 1.5rem; color: #1a1a1a; }
-"""
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "", text: Sequence[int] = (0,),
-          total: bool = False, kind: str = "data") -> str:
-    """A table whose columns ``text`` are set left; cells are escaped but for those that are ``Markup``."""
-    def row(cells, tag, of=""):
-        marked = (f"<{tag}{' class=t' if i in text else ''}>{_cell(cell)}</{tag}>" for i, cell in enumerate(cells))
-        return f"<tr{of}>{''.join(marked)}</tr>"
-
-    rows = list(rows)
-    lines = [row(cells, "td", " class=sum" if total and i == len(rows) - 1 else "") for i, cells in enumerate(rows)]
-    above = f"<caption>{escape(caption)}</caption>" if caption else ""
-    body = "\n".join(lines)
-    return (f'<div class=scroll><table class="{kind}">{above}<thead>{row(head, "th")}</thead>\n'
-            f"<tbody>{body}</tbody></table></div>\n")
-
-
-class Markup(str):
-    """HTML that is made here."""
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, Markup) else escape(str(value))
-
-
-def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
-    return f"<p>{escape(text)}</p>\n"
-
-
-def panel(draw: Callable[[Any], None], alt: str, size: tuple[float, float] = (4.2, 3.1)) -> str:
-    """A figure of one panel, ``size`` in inches, which ``draw`` gets the axes of."""
-    matplotlib = plots()
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE), io.BytesIO() as file:
-        figure = Figure(figsize=size)
-        draw(figure.add_subplot())
-        figure.savefig(file, format="svg", dpi=150, metadata={"Date": None})
-        content = base64.b64encode(file.getvalue()).decode()
-    wide = size[0] > 5
-    image = (f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{content}"'
-             f'{f" class=wide width={size[0] * 90:.0f}" if wide else ""}>')
-    return f"<figure{' class=scroll' if wide else ''}>{image}</figure>\n"
-
-
-def panels(*each: str) -> str:
-    """Figures side by side, as many as fit."""
-    return f"<div class=panels>{''.join(each)}</div>\n"
 
 
 # ---- its sections

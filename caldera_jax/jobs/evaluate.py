@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from caldera_jax import calibration, spread
-from caldera_jax.calibration import Streams
+from caldera_jax.jobs import calibration, spread
+from caldera_jax.jobs.calibration import Streams
 from caldera_jax.models import llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 

@@ -15,47 +15,15 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from caldera_jax import artifact, evaluate, explain, export, files, generate, page, spread
 from caldera_jax.allocate import UNITS
-from caldera_jax.compress import RunConfig, Tokens, memory_need, recorded, weights
-from caldera_jax.compress import compress as run_compress
-from caldera_jax.decompose import CalderaConfig
-from caldera_jax.finetune import FinetuneConfig, TrainConfig
-from caldera_jax.finetune import finetune as run_finetune
-from caldera_jax.models import convert, data
+from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page, spread
+from caldera_jax.jobs.compress import compress as run_compress
+from caldera_jax.jobs.compress import memory_need, recorded, weights
+from caldera_jax.jobs.finetune import finetune as run_finetune
+from caldera_jax.jobs.presets import PRESETS, TRAININGS
+from caldera_jax.jobs.report import config_hash
+from caldera_jax.models import convert, data, files
 from caldera_jax.models.convert import Model as Loaded
-from caldera_jax.report import config_hash
-
-PRESETS = {
-    # About a minute: the first two blocks, few tokens, few iterations.
-    "smoke": RunConfig("", CalderaConfig(rank=16, outer_iterations=2, inner_iterations=3, svd="randomized"),
-                       Tokens(windows=8, window=256), Tokens(windows=4, window=256), blocks=2),
-    # The whole model in minutes on two cores.
-    "default": RunConfig("", CalderaConfig(rank=64, outer_iterations=15, inner_iterations=10, svd="randomized")),
-    # The settings of the authors' scripts since November 2025.
-    "paper": RunConfig("", CalderaConfig(rank=64, outer_iterations=20, inner_iterations=50, downdate=True,
-                                         refine_passes=10, svd="exact"), Tokens(windows=256, window=1024), seed=42),
-}
-
-TRAININGS = {
-    # Two steps of a few windows of a few tokens: most of the time is compiling.
-    "smoke": FinetuneConfig("", TrainConfig(validate=2), Tokens(windows=12, window=64), aside=4),
-    # The authors' RHT stage: signs alone, to the dense model's soft targets; how many epochs is not known.
-    "signs": FinetuneConfig("", TrainConfig(sign_rate=1e-3), Tokens(windows=256, window=512), aside=64),
-    # Their low-rank stage on a text: factors alone.
-    "factors": FinetuneConfig("", TrainConfig(signs=False, ranks=64, goal="text", factor_rate=3e-6, epochs=3,
-                                              weight_decay=1e-3, schedule="linear", warmup=0.02),
-                              Tokens(windows=256, window=512), aside=64),
-    # Signs and factors together, to the soft targets, at the rates that experiments/recovery.py found.
-    "both": FinetuneConfig("", TrainConfig(ranks=16), Tokens(windows=256, window=512), aside=64),
-    # Their settings for classes of texts: RTE and Winogrande.
-    "rte": FinetuneConfig("", TrainConfig(signs=False, ranks=64, goal="labels", factor_rate=3e-5, epochs=15,
-                                          weight_decay=1e-3, schedule="linear", warmup=0.02),
-                          Tokens(windows=256, window=256)),
-    "winogrande": FinetuneConfig("", TrainConfig(signs=False, ranks=64, goal="labels", factor_rate=1e-5, epochs=1,
-                                                 weight_decay=1e-3, schedule="linear", warmup=0.02),
-                                 Tokens(windows=256, window=128)),
-}
 
 Model = Annotated[str, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
@@ -425,7 +393,7 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
 def run_tasks(directory: Path, tasks: str, task_files: Path | None, limit: int | None, context: int | None,
               base: bool) -> None:
     """lm_eval's tasks on the compressed model, and on its base; tables, and a record of these tasks and settings."""
-    from caldera_jax import harness  # seconds, and an extra
+    from caldera_jax.jobs import harness  # seconds, and an extra
 
     config = harness.TaskConfig(tuple(filter(None, tasks.split(","))), task_files and str(task_files), limit, context)
     keep_programs()

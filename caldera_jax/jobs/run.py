@@ -14,9 +14,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from caldera_jax import artifact, files, report, spread
+from caldera_jax.jobs import artifact, report, spread
 from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import llama
+from caldera_jax.models import files, llama
 from caldera_jax.models.convert import Model
 from caldera_jax.models.weights import Block
 
