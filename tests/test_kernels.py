@@ -1,4 +1,4 @@
-"""Kernels: equal to their references when interpreted, lowered for TPU and CUDA without either, picked in one place."""
+"""Kernels: equal to their references when interpreted, lowered for TPU without one, picked in one place."""
 
 from functools import cache, partial
 
@@ -13,9 +13,8 @@ import caldera_jax as cj
 from caldera_jax import incoherence, kernels, lattice
 from caldera_jax.kernels import e8p, hadamard, matmul
 
-PLATFORMS = ("tpu", "cuda")
 STAGES = {2: (1.0,), 4: (1.0, 1 / 3.45), 16: None}
-CALLS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
+CALL = "tpu_custom_call"
 FAST = {"xla_backend_optimization_level": 0}  # interpreted kernels run for milliseconds and compile for seconds
 ROUNDING = {jnp.dtype(jnp.float32): 1e-6, jnp.dtype(jnp.bfloat16): 1e-2, jnp.dtype(jnp.float16): 1e-3}
 
@@ -58,15 +57,15 @@ def _interpret(f, *args, **static):
 
 
 def _modules(f, *args):
-    """The program lowered for each platform, on a machine without them."""
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call(CALLS["cuda"])]  # Triton promises no stable format
-    export = lambda platform: jax.export.export(jax.jit(f), platforms=[platform], disabled_checks=unchecked)(*args)
-    return {platform: export(platform).mlir_module() for platform in (*PLATFORMS, "cpu")}
+    """The program lowered for each platform, on a machine without them; the checks refuse calls of unstable format."""
+    export = lambda platform: jax.export.export(jax.jit(f), platforms=[platform])(*args)
+    return {platform: export(platform).mlir_module() for platform in ("tpu", "cuda", "cpu")}
 
 
 def _assert_lowered(modules):
-    for platform, module in modules.items():
-        assert [call in module for call in CALLS.values()] == [platform == name for name in CALLS], platform
+    """The kernel on a TPU, plain JAX elsewhere."""
+    assert {platform: CALL in module for platform, module in modules.items()} == {
+        "tpu": True, "cuda": False, "cpu": False}
 
 
 # ---- decode and encode
@@ -84,11 +83,10 @@ def test_bits_above_the_code_do_not_matter():
     np.testing.assert_array_equal(decode(codes | -0x50000), decode(codes))
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_encoder_finds_the_codes_and_values_of_the_reference(platform):
+def test_encoder_finds_the_codes_and_values_of_the_reference():
     for shape, dtype in (((3, 5, 16), jnp.bfloat16), ((300, 8), jnp.float32)):
         x = 1.5 * _gaussian(*shape, dtype=dtype)
-        values, codes = _interpret(e8p.pallas, x, platform=platform)
+        values, codes = _interpret(e8p.pallas, x)
         wanted, wanted_codes = jax.jit(e8p.reference)(x)
         assert values.dtype == dtype and codes.dtype == jnp.uint16
         np.testing.assert_array_equal(codes, wanted_codes)
@@ -105,13 +103,12 @@ CASES = {  # b, m, n, k, bits of Q, L and R, dtype of x
     "tall, no factors": (20, 1100, 40, 0, (2, 4, 4), jnp.float16)}
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name", CASES)
-def test_product_from_the_codes_is_the_product_with_the_decoded_matrix(name, platform):
+def test_product_from_the_codes_is_the_product_with_the_decoded_matrix(name):
     b, m, n, k, bits, dtype = CASES[name]
     (parts, stages), x = _layer(m, n, k, bits), _gaussian(b, n, dtype=dtype)
     assert matmul.supported(x, parts, stages)
-    y = _interpret(matmul.pallas, x, parts, stages=stages, m=m, platform=platform)
+    y = _interpret(matmul.pallas, x, parts, stages=stages, m=m)
     assert y.shape == (b, m) and y.dtype == dtype
     wanted = _exact(x, parts, stages, m)
     error = np.linalg.norm(np.asarray(y.astype(jnp.float32), np.float64) - wanted)
@@ -124,8 +121,20 @@ def test_reference_decodes_bytes_and_words_alike():
     assert as_words[0].codes.shape == (43, 2) and matmul.words(as_words[0].codes) is as_words[0].codes  # 6 bytes a row
     run = jax.jit(partial(matmul.reference, stages=stages, m=43))
     np.testing.assert_array_equal(run(x, as_words), run(x, parts))
-    y = _interpret(matmul.pallas, x, as_words, stages=stages, m=43, platform="cuda")
+    y = _interpret(matmul.pallas, x, as_words, stages=stages, m=43)
     np.testing.assert_allclose(y, run(x, parts), atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [(2, 4, 4), (4, 16, 4)])
+def test_the_large_tiles_of_an_accelerator_give_the_product_of_the_small_ones(bits, monkeypatch):
+    (parts, stages), x = _layer(1100, 600, 3, bits), _gaussian(5, 600)
+    run = lambda: jax.jit(partial(matmul.reference, stages=stages, m=1100)).lower(x, parts).compile()
+    small = run()
+    monkeypatch.setattr(matmul, "_on_cpu", lambda: False)
+    jax.clear_caches()  # the codewords' call is traced anew
+    large = run()
+    assert large.as_text().count("while(") <= small.as_text().count("while(")
+    np.testing.assert_allclose(large(x, parts), small(x, parts), rtol=1e-5, atol=1e-4)
 
 
 @cache
@@ -139,12 +148,10 @@ def _parts(layer):
     return tuple(None if part is None else matmul.Packed(*part) for part in (layer.q, layer.left_t, layer.right))
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_kernel_is_apply_on_a_compressed_layer(platform):
+def test_kernel_is_apply_on_a_compressed_layer():
     layer, x = _compressed(), _gaussian(5, 40)
     sides, stages = layer.sides(x.dtype), (STAGES[2], STAGES[4], STAGES[4])
-    y = _interpret(matmul.pallas, incoherence.forward(sides.right, x), _parts(layer), stages=stages, m=24,
-                   platform=platform)
+    y = _interpret(matmul.pallas, incoherence.forward(sides.right, x), _parts(layer), stages=stages, m=24)
     y = incoherence.backward(sides.left, y)
     np.testing.assert_allclose(y, cj.apply(layer, x), atol=2e-5)
     np.testing.assert_allclose(y, x @ layer.dense().T, atol=2e-5)
@@ -167,13 +174,12 @@ def test_what_the_kernel_does_not_hold_goes_to_the_reference():
 
 # ---- Hadamard
 
-@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize(("shape", "dtype"), [((3, 1), jnp.float32), ((2, 3, 12), jnp.float32), ((5, 576), jnp.float32),
                                               ((1, 4096), jnp.bfloat16), ((11008,), jnp.float16)])
-def test_transform_and_inverse_are_those_of_hadamard(shape, dtype, platform):
+def test_transform_and_inverse_are_those_of_hadamard(shape, dtype):
     x = _gaussian(1, *shape, dtype=dtype)[0]
     for inverse in (False, True):
-        y = _interpret(hadamard.pallas, x, inverse=inverse, platform=platform)
+        y = _interpret(hadamard.pallas, x, inverse=inverse)
         assert y.shape == shape and y.dtype == dtype
         wanted = hadamard.reference(x.astype(jnp.float32), inverse)
         difference = jnp.linalg.norm((y.astype(jnp.float32) - wanted).ravel())
@@ -181,11 +187,10 @@ def test_transform_and_inverse_are_those_of_hadamard(shape, dtype, platform):
 
 
 def test_the_two_orders_multiply_to_n_and_odd_sizes_have_none():
-    for platform in PLATFORMS:
-        for n in (1, 2, 12, 576, 1536, 4096, 5120, 8192, 11008, 13824, 14336, 28672, 65536):
-            a, c = hadamard.split(n, platform)
-            assert a * c == n and max(a, c) <= 256
-        assert hadamard.split(9, platform) is None and hadamard.split(1 << 17, platform) is None
+    for n in (1, 2, 12, 576, 1536, 4096, 5120, 8192, 11008, 13824, 14336, 28672, 65536):
+        a, c = hadamard.split(n)
+        assert a * c == n and max(a, c) <= 256
+    assert hadamard.split(9) is None and hadamard.split(1 << 17) is None
     with kernels.use("pallas"):
         x = _gaussian(2, 9)
         np.testing.assert_array_equal(hadamard.transform(x), hadamard.reference(x))
@@ -193,13 +198,13 @@ def test_the_two_orders_multiply_to_n_and_odd_sizes_have_none():
 
 # ---- lowering and the choice of a backend
 
-def test_encoder_lowers_for_tpu_and_cuda():
+def test_encoder_lowers_for_tpu_and_is_plain_jax_elsewhere():
     _assert_lowered(_modules(e8p.encode, jax.ShapeDtypeStruct((96, 64), jnp.float32)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("b", "bits"), [(1, (2, 4, 4)), (512, (4, 16, 16))])
-def test_multiply_lowers_for_tpu_and_cuda(b, bits, dtype):
+def test_multiply_lowers_for_tpu_and_is_plain_jax_elsewhere(b, bits, dtype):
     m, n, k = 4096, 11008, 64
     part = lambda bits, rows, width: jnp.zeros((rows, width), jnp.float16) if bits == 16 else matmul.Packed(
         jnp.zeros((rows, width * bits // 8), jnp.uint8), jnp.ones((1, 1), jnp.float32))
@@ -210,14 +215,14 @@ def test_multiply_lowers_for_tpu_and_cuda(b, bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_transform_lowers_for_tpu_and_cuda(dtype):
+def test_transform_lowers_for_tpu_and_is_plain_jax_elsewhere(dtype):
     _assert_lowered(_modules(hadamard.transform, jax.ShapeDtypeStruct((8, 4096), dtype)))
 
 
 def test_the_switch_turns_kernels_off_and_interprets_them_on_the_cpu(monkeypatch):
     x = jax.ShapeDtypeStruct((4, 64), jnp.float32)
     off = _modules(kernels.use("jax")(hadamard.transform), x)
-    assert not any(call in module for module in off.values() for call in CALLS.values())
+    assert not any(CALL in module for module in off.values())
     calls = lambda: str(jax.make_jaxpr(lambda x: hadamard.transform(x))(_gaussian(4, 64))).count("interpret=True")
     assert kernels.mode() == "auto" and not calls()
     monkeypatch.setenv("CALDERA_KERNELS", "pallas")

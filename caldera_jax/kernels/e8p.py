@@ -16,7 +16,7 @@ from caldera_jax import lattice
 from caldera_jax.kernels import compiler_params, dispatch
 
 LANES = 128
-_CUDA_TILE, _TPU_ROWS = 256, 64  # vectors a step: 256 on a GPU, 64 x 128 on a TPU
+ROWS = 64  # of 128 vectors a step
 
 
 # ---- decode: two tables of 1 KiB, which give all eight entries of a codeword at once
@@ -53,15 +53,12 @@ def entry(word: Int32[Array, "*shape"], i: int) -> Float[Array, "*shape"]:
     return lax.bitcast_convert_type(moved & 15 << 19 | 0x41000000, jnp.float32) - 11.75
 
 
-def lookup_in(table, platform: str):
+def lookup_in(table):
     """The ``lookup`` of ``nibbles`` inside a kernel that holds ``codeword_words`` as a ref.
 
-    A GPU loads from the table (2 KiB, in the first-level cache).  A TPU has no general gather, but permutes the 128
-    lanes of a register: two permutations and a select, for arrays whose last axis is 128.
+    A TPU has no general gather, but permutes the 128 lanes of a register: two permutations and a select, for arrays
+    whose last axis is 128.
     """
-    if platform == "cuda":
-        return lambda which, byte: table[which, byte]
-
     def lookup(which, byte):
         lower, upper = (jnp.take_along_axis(jnp.broadcast_to(table[which:which + 1, half], byte.shape), byte & 127,
                                             axis=1, mode="promise_in_bounds")
@@ -82,9 +79,8 @@ def encode(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch n"], UInt[
 
     The exact search of ``lattice.search``, held in registers from entries to code.
 
-    * Tiles: [8, 64, 128] (TPU) or [8, 256] (GPU): 8192 or 256 vectors, entries along the first axis.
-    * On chip: (8 + 8 + 1) x 4 bytes a vector, twice for the pipeline: 1.1 MB of vector memory on a TPU, whatever m
-      and n are; on a GPU registers only.
+    * Tiles: [8, 64, 128]: 8192 vectors, entries along the first axis.
+    * On chip: (8 + 8 + 1) x 4 bytes a vector, twice for the pipeline: 1.1 MB of vector memory, whatever m and n are.
     * Main memory: 8.5 bytes a weight (4 in, 4 out, 1/2 for codes as int32), and up to twice as much again outside,
       where XLA puts entries first and codes into 16 bits.
     * Cost: about 110 operations a weight (``experiments/roofline.py`` counts them): arithmetic binds, not memory.
@@ -94,22 +90,20 @@ def encode(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch n"], UInt[
     return dispatch(reference, pallas, x) if x.dtype.itemsize <= 4 and x.size else reference(x)
 
 
-@partial(jax.jit, static_argnames=("platform", "interpret"))
-def pallas(x, platform: str = "tpu", interpret: bool = False):
-    """``encode`` by the kernel for a platform, "tpu" or "cuda"."""
-    tile = (_CUDA_TILE,) if platform == "cuda" else (_TPU_ROWS, LANES)
+@partial(jax.jit, static_argnames="interpret")
+def pallas(x, interpret: bool = False):
+    """``encode`` by the kernel."""
     entries = x.astype(jnp.float32).reshape(-1, 8).T
-    count, step = entries.shape[1], int(np.prod(tile))
+    count, step, zero = entries.shape[1], ROWS * LANES, np.int32(0)
     padded = -(-count // step) * step
-    shape = (padded,) if platform == "cuda" else (padded // LANES, LANES)
-    entries = jnp.pad(entries, ((0, 0), (0, padded - count))).reshape(8, *shape)
-    rest = (np.int32(0),) * (len(tile) - 1)
-    vectors = pl.BlockSpec((8, *tile), lambda i: (np.int32(0), i, *rest))
+    entries = jnp.pad(entries, ((0, 0), (0, padded - count))).reshape(8, -1, LANES)
+    vectors = pl.BlockSpec((8, ROWS, LANES), lambda i: (zero, i, zero))
     values, codes = pl.pallas_call(
         _encode_kernel, grid=(padded // step,), in_specs=[vectors],
-        out_specs=(vectors, pl.BlockSpec(tile, lambda i: (i, *rest))),
-        out_shape=(jax.ShapeDtypeStruct(entries.shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)),
-        compiler_params=compiler_params(platform), interpret=interpret)(entries)
+        out_specs=(vectors, pl.BlockSpec((ROWS, LANES), lambda i: (i, zero))),
+        out_shape=(jax.ShapeDtypeStruct(entries.shape, jnp.float32),
+                   jax.ShapeDtypeStruct(entries.shape[1:], jnp.int32)),
+        compiler_params=compiler_params(), interpret=interpret)(entries)
     values = values.reshape(8, -1)[:, :count].T.reshape(x.shape).astype(x.dtype)
     return values, codes.reshape(-1)[:count].astype(jnp.uint16).reshape(*x.shape[:-1], x.shape[-1] // 8)
 

@@ -6,25 +6,19 @@ x comes apart into P arrays of every P-th column, and the product is sum over p 
 outputs, so its words give the outputs 8 c + i as eight arrays; Q follows: for each i its rows 8 c + i (a strided load),
 and y leaves as [8, b, m / 8].  One kernel runs twice: t = x Rᵀ first, then x Qᵀ + t Lᵀ in one pass over Q and L.
 
-Tiles, with s bytes an entry of x:
-
-* TPU: 8 C rows by 128 words, C = 128 (less for a small matrix); min(b, 256) rows of x; grid (b tiles, row tiles, steps
-  over words), y on chip over the last.  Vector memory, double-buffered, b the rows of a tile:
-  2 (8 C 128 4 + P b 128 s + k C 4 + k b s + 8 b C 4) bytes; at m = n = 4096, k = 64, 2 bits and bfloat16
-  1.1 MB for b = 1 (1.4 MB as its short axes are padded) and 5.4 MB for b = 256, and a few 64 KiB to decode.
-* CUDA (Triton): C <= 16 rows 8 c + i by 64 words (32 if b > 1), the words in a loop; 1 row of x, or 16 to 64; grid
-  (b tiles, 8 x row tiles).  At 4096 x 4096 for b = 1 all is in registers (16 x 64 words and their sums, 8 KiB, over 128
-  threads); for b > 1 the x of a step is in shared memory, P b 32 s bytes: 64 KiB at b = 64 in half precision.
+Tiles, with s bytes an entry of x: 8 C rows by 128 words, C = 128 (less for a small matrix); min(b, 256) rows of x; grid
+(b tiles, row tiles, steps over words), y on chip over the last.  Vector memory, double-buffered, b the rows of a tile:
+2 (8 C 128 4 + P b 128 s + k C 4 + k b s + 8 b C 4) bytes; at m = n = 4096, k = 64, 2 bits and bfloat16 1.1 MB for b = 1
+(1.4 MB as its short axes are padded) and 5.4 MB for b = 256, and a few 64 KiB to decode.
 
 Main memory: 1/4 byte a weight at 2 bits, 1/2 at 4 bits, once for every b tile, and k (m + n) / 2 bytes for 4-bit
 factors in all, against 2 bytes a weight for a dense half-precision matrix.  Turning bytes into words inside the program
-reads and writes them once more (three times the bytes): pass what ``words`` made once to spare it.  On a GPU, sizes
-that the tiles do not divide (m by 128, n by 256 at 2 bits) are padded, which costs as much.
+reads and writes them once more (three times the bytes): pass what ``words`` made once to spare it.
 
 Cost: about 6 operations a weight to decode at 2 bits and 12 at 4, lookups included, for every b tile and beside the 2 b
 flops of the product.  By ``experiments/roofline.py`` (computed, not measured) decoding binds, not memory: for b = 1 the
-speed bound is 2.2 (A100) and 1.8 (TPU v5e) times the dense float16 one at 2 bits, 1.2 and 0.9 times at 4; for b = 512
-there is nothing to gain, and at 4 bits on a GPU decoding once into a dense matrix is twice as fast.
+speed bound on a TPU v5e is 1.8 times the dense float16 one at 2 bits and 0.9 times at 4; for b = 512 there is nothing
+to gain.
 
 Nothing here was run on an accelerator; see the status in ``kernels``.
 """
@@ -107,7 +101,7 @@ def decode(part: Part, stages: Stages | None, width: int, dtype) -> Float[Array,
 
 
 def reference(x: Float[Array, "b n"], parts: Parts, stages, m: int) -> Float[Array, "b m"]:
-    """``multiply`` in plain JAX, as a CPU runs it: no more than a few rows of Q are dense at a time."""
+    """``multiply`` in plain JAX: no more than a few rows of Q are dense at a time on a CPU, 2^26 weights elsewhere."""
     q, left_t, right = parts
     wide = jnp.dtype(jnp.float32) if x.dtype.itemsize < 4 else x.dtype  # of sums and of t, which half may overflow
     y = jnp.zeros((len(x), m), wide) if q is None else _times(x, q, stages[0], wide, 2)
@@ -131,18 +125,25 @@ def _times(x, part, stages, wide, tiles=1):
 def _by_rows(x, arrays, decode, wide, tiles):
     """x Wᵀ for W = decode(*arrays), rows for rows, summed and returned in the dtype ``wide``.
 
-    A tile of rows is decoded, one mebibyte or four in single precision, and multiplied while it is in the cache; a
-    gradient decodes it again.  Q takes two ``tiles`` at least: a loop of one step is no loop to XLA, which then decodes
-    the layers of a model side by side.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at
+    On a CPU a tile of rows is decoded, one mebibyte or four in single precision, and multiplied while it is in the
+    cache; elsewhere a tile is as large as memory allows, as each step of the loop costs more than it saves.  A gradient
+    decodes it again.  Q takes two ``tiles`` at least: a loop of one step is no loop to XLA, which then decodes the
+    layers of a model side by side.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at
     least, since its product with fewer columns takes twice as long.
     """
     (b, n), rows = x.shape, len(arrays[0])
     columns = jnp.pad(x, ((0, max(8 - b, 0)), (0, 0))).T
-    tile = -(-rows // max(-(-rows * n >> (18 if b < 64 else 20)), tiles))
+    bits = 26 if not _on_cpu() else 18 if b < 64 else 20
+    tile = -(-rows // max(-(-rows * n >> bits), tiles))
     apart = tuple(_pad(array, tile, 1).reshape(-1, tile, array.shape[1]) for array in arrays)
     product = lambda tile: jnp.matmul(decode(*tile), columns, preferred_element_type=wide)
     y = lax.map(jax.checkpoint(product), apart)
     return y.reshape(-1, columns.shape[1])[:rows, :b].T
+
+
+def _on_cpu() -> bool:
+    """Whether this process computes on a CPU; asked when a function is traced, and right or wrong only for speed."""
+    return jax.default_backend() == "cpu"
 
 
 def _bytes(part, stages, width):
@@ -156,9 +157,11 @@ def _bytes(part, stages, width):
 def _apart(codes, stages, dtype):
     """The values [rows, columns] that packed codes stand for, column 8 c + i at place i * columns / 8 + c.
 
-    The codewords come out of a call that XLA leaves a call, or it would look them up again for each of their entries.
+    On a CPU the codewords come out of a call that XLA leaves a call, or it would look them up again for each of their
+    entries.
     """
-    words = set_xla_metadata(_stage_words(codes, len(stages)), inlineable="false")
+    words = _stage_words(codes, len(stages))
+    words = set_xla_metadata(words, inlineable="false") if _on_cpu() else words
     weighted = lambda i: sum(jnp.asarray(weight, dtype) * entry(word, i).astype(dtype)
                              for weight, word in zip(stages, words, strict=True))
     return jnp.concatenate([weighted(i) for i in range(8)], axis=1)
@@ -172,10 +175,10 @@ def _stage_words(codes, stages: int):
     return [nibbles(halves[:, :, stage], lambda which, byte: both[which][byte]) for stage in reversed(range(stages))]
 
 
-@partial(jax.jit, static_argnames=("stages", "m", "platform", "interpret"))
-def pallas(x, parts: Parts, *, stages, m: int, platform: str = "tpu", interpret: bool = False):
-    """``multiply`` by the kernel for a platform, "tpu" or "cuda"."""
-    run = partial(_pass, platform=platform, interpret=interpret)
+@partial(jax.jit, static_argnames=("stages", "m", "interpret"))
+def pallas(x, parts: Parts, *, stages, m: int, interpret: bool = False):
+    """``multiply`` by the kernel."""
+    run = partial(_pass, interpret=interpret)
     q, left_t, right = parts
     if left_t is None:
         return run(x, q, stages[0])[:, :m]
@@ -199,17 +202,15 @@ class _How(NamedTuple):
     precision: lax.PrecisionLike
 
 
-def _pass(x, coded: Packed, stages: Stages, t=None, left=None, left_stages=None, *, platform, interpret, dtype=None):
+def _pass(x, coded: Packed, stages: Stages, t=None, left=None, left_stages=None, *, interpret, dtype=None):
     """x Wᵀ + tᵀ L for the rows W of ``coded``: [b, rows rounded up to a multiple of 8]."""
     (b, n), packed, dtype = x.shape, words(coded.codes), dtype or x.dtype
-    if platform == "tpu" and x.dtype == jnp.float16:  # a TPU has bfloat16 only
+    if x.dtype == jnp.float16:  # a TPU has bfloat16 only
         x, t, left = (a if a is None or a.dtype == jnp.int32 else a.astype(jnp.float32) for a in (x, t, left))
     per_word = 16 // len(stages)
     apart = jnp.pad(x, ((0, 0), (0, packed.shape[1] * per_word - n))).reshape(b, -1, per_word).transpose(2, 0, 1)
-    call = _cuda_call if platform == "cuda" else _tpu_call
-    y = call(_How(stages, left_stages, precision(x.dtype, platform, interpret)), interpret,
-             coded.scale.astype(jnp.float32), jnp.asarray(codeword_words()), packed, apart,
-             *(() if t is None else (t, left)))
+    y = _call(_How(stages, left_stages, precision(x.dtype)), interpret, coded.scale.astype(jnp.float32),
+              jnp.asarray(codeword_words()), packed, apart, *(() if t is None else (t, left)))
     return y[:, :b, :-(-len(packed) // 8)].transpose(1, 2, 0).reshape(b, -1).astype(dtype)
 
 
@@ -219,7 +220,7 @@ def _pad(x: Array, *multiples: int) -> Array:
     return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
 
 
-# ---- what both kernels do with a tile
+# ---- what the kernel does with a tile
 
 def _codewords(tile, lookup):
     """The codewords of the high and of the low half of each word, as nibbles."""
@@ -268,9 +269,9 @@ def _loop(count: int, body, start=None):
     return lax.fori_loop(0, count, lambda _, carry: (carry[0] + 1, body(*carry)), (ZERO, start))[1]
 
 
-# ---- TPU
+# ---- the kernel
 
-def _tpu_call(how: _How, interpret, scale, entries, packed, x, *factors):
+def _call(how: _How, interpret, scale, entries, packed, x, *factors):
     groups = -(-len(packed) // 8)
     c = LANES if groups >= LANES else -(-groups // 8) * 8  # a small matrix is one tile
     batch = min(x.shape[1], 256)
@@ -284,15 +285,15 @@ def _tpu_call(how: _How, interpret, scale, entries, packed, x, *factors):
                   pl.BlockSpec((*left.shape[:-1], LANES), lambda i, j, w: (ZERO,) * (left.ndim - 1) + (j,))]
     grid = (x.shape[1] // batch, -(-groups // c), x.shape[2] // LANES)
     return pl.pallas_call(
-        partial(_tpu_kernel, how), grid=grid, in_specs=specs,
+        partial(_kernel, how), grid=grid, in_specs=specs,
         out_specs=pl.BlockSpec((8, batch, c), lambda i, j, w: (ZERO, i, j)),
         out_shape=jax.ShapeDtypeStruct((8, x.shape[1], grid[1] * c), jnp.float32),
-        compiler_params=compiler_params("tpu"), interpret=interpret)(scale, entries, packed, x, *factors)
+        compiler_params=compiler_params(), interpret=interpret)(scale, entries, packed, x, *factors)
 
 
-def _tpu_kernel(how: _How, scale, entries, packed, x, *factors_and_y):
+def _kernel(how: _How, scale, entries, packed, x, *factors_and_y):
     *factors, y = factors_and_y
-    lookup, c = lookup_in(entries, "tpu"), y.shape[2]
+    lookup, c = lookup_in(entries), y.shape[2]
 
     @pl.when(pl.program_id(2) == 0)
     def first_words():
@@ -312,48 +313,3 @@ def _tpu_kernel(how: _How, scale, entries, packed, x, *factors_and_y):
         y[i] += scale[...] * _products(lambda p: x[p], _places(rows, how.stages, lookup), how.precision)
 
     _loop(8, residue)
-
-
-# ---- CUDA
-
-def _cuda_call(how: _How, interpret, scale, entries, packed, x, *factors):
-    b, count = x.shape[1:]
-    groups = -(-len(packed) // 8)
-    batch = 1 if b == 1 else max(16, min(128 // x.dtype.itemsize, 1 << (b - 1).bit_length()))
-    c = 16 if b > 1 else min(16, 1 << max(groups // 16, 1).bit_length() - 1)  # 128 programs or more; a tensor core's 16
-    step = max(16, min(64 if b == 1 else 32, count & -count))
-    packed, x = _pad(packed, 8 * c, step), _pad(x, batch, step)
-    whole = lambda array: pl.BlockSpec(array.shape, lambda i, j: (ZERO,) * array.ndim)
-    specs = [whole(scale), whole(entries), pl.BlockSpec((c, None, packed.shape[1]), lambda i, j: (j >> 3, j & 7, ZERO)),
-             pl.BlockSpec((len(x), batch, x.shape[2]), lambda i, j: (ZERO, i, ZERO))]
-    if factors:
-        t, left = factors = _pad(factors[0], 16, batch), _pad(factors[1], 16, c)
-        specs += [pl.BlockSpec((len(t), batch), lambda i, j: (ZERO, i)),
-                  pl.BlockSpec((len(t), c), lambda i, j: (ZERO, j >> 3)) if how.left_stages else
-                  pl.BlockSpec((None, len(t), c), lambda i, j: (j & 7, ZERO, j >> 3))]
-    return pl.pallas_call(
-        partial(_cuda_kernel, how, step), grid=(x.shape[1] // batch, len(packed) // c), in_specs=specs,
-        out_specs=pl.BlockSpec((None, batch, c), lambda i, j: (j & 7, i, j >> 3)),
-        out_shape=jax.ShapeDtypeStruct((8, x.shape[1], len(packed) // 8), jnp.float32),
-        compiler_params=compiler_params("cuda"), interpret=interpret)(
-            scale, entries, packed.reshape(-1, 8, packed.shape[1]), x, *factors)
-
-
-def _cuda_kernel(how: _How, step, scale, entries, packed, x, *factors_and_y):
-    *factors, y = factors_and_y
-    lookup, residue = lookup_in(entries, "cuda"), pl.program_id(1) & 7
-
-    def words_step(j, total):
-        here = pl.ds(j * step, step)
-        places = _places(packed[:, here], how.stages, lookup)
-        return total + _products(lambda p: x[p, :, here], places, how.precision)
-
-    def rank_step(j, total):
-        here = pl.ds(j * 16, 16)
-        rows = factors[1][here, :]
-        if how.left_stages:
-            rows = _entries(_codewords(rows, lookup), residue, how.left_stages)
-        return total + _low_rank(factors[0][here, :], rows, how.precision)
-
-    total = scale[0, 0] * _loop(packed.shape[1] // step, words_step, jnp.zeros(y.shape, jnp.float32))
-    y[...] = _loop(len(factors[0]) // 16, rank_step, total) if factors else total
