@@ -9,7 +9,7 @@ lattice packing hadamard kernels codebooks hessian objective incoherence ldlq re
 models.files models.llama models.tokenizer models.weights models.data models.convert
 jobs.report jobs.spread jobs.artifact jobs.export jobs.run jobs.calibration jobs.evaluate jobs.generate jobs.harness
 jobs.student jobs.training jobs.finetune jobs.compress jobs.explain jobs.facts jobs.markup jobs.page jobs.presets
-jobs.cli
+jobs.options jobs.cli
 """.split()
 
 

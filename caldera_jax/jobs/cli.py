@@ -20,6 +20,7 @@ from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page
 from caldera_jax.jobs.compress import compress as run_compress
 from caldera_jax.jobs.compress import memory_need, recorded, weights
 from caldera_jax.jobs.finetune import finetune as run_finetune
+from caldera_jax.jobs.options import Algorithm, Budget, Data, Float, Int, Ints, Optimizer, Switch, Texts, Workers
 from caldera_jax.jobs.presets import PRESETS, TRAININGS
 from caldera_jax.jobs.report import config_hash
 from caldera_jax.models import convert, data, files
@@ -29,39 +30,10 @@ Model = Annotated[str, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
 
 
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """Who does the work; results do not depend on it, but on the threads of a process: with ``processes=0`` on several
-    cores of a CPU sums are added in another order."""
-
-    processes: int | None = None
-    """Start so many local processes, each on one core; 0 works in this one, on all devices that JAX finds. Default: as
-    many as there are cores and as memory allows, at most 8; 0 where a GPU or TPU build of JAX is installed."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0: this is one process of a run on several hosts, started on each with --processes and
-    --process-id; auto where TPU, SLURM or Open MPI tell all three. All must see the directories in the arguments."""
-    process_id: int | None = None
-    """Number of this process, from 0."""
-
-
-Spread = Annotated[Workers, tyro.conf.arg(name="")]
-
-
-def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper"] = "default",
-             rank: int | None = None, q_bits: int | None = None, factor_bits: tuple[int, ...] | None = None,
-             outer_iterations: int | None = None, inner_iterations: int | None = None, downdate: bool | None = None,
-             refine_passes: int | None = None, svd: Literal["exact", "randomized"] | None = None,
-             order: Literal["lr-first", "q-first"] | None = None,
-             rotation: Literal["hadamard", "orthogonal", "none"] | None = None, damping: float | None = None,
-             quantizer: str | None = None, factor_quantizer: str | None = None,
-             calibration_text: str | None = None, calibration_windows: int | None = None,
-             calibration_window: int | None = None, evaluation_text: str | None = None,
-             evaluation_windows: int | None = None, evaluation_window: int | None = None,
-             activations: Literal["dense", "compressed"] | None = None, blocks: int | None = None,
-             seed: int | None = None, moments: Path | None = None, hessians: str | None = None,
-             bits: float | None = None, megabytes: float | None = None,
-             allocation: Literal["gradient", "trace", "error", "uniform"] | None = None,
-             ranks: tuple[int, ...] | None = None, workers: Spread = Workers()) -> None:
+def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper"] = "default", bits: Float = None,
+             megabytes: Float = None, rank: Int = None, q_bits: Int = None, factor_bits: Ints = None,
+             blocks: Int = None, seed: Int = None, budget: Budget = Budget(), texts: Texts = Texts(),
+             algorithm: Algorithm = Algorithm(), workers: Workers = Workers()) -> None:
     """Compress a model: calibrate, compress every linear layer, evaluate before and after, write OUT/report.json.
 
     Killed and started again with the same arguments, it goes on where it was.
@@ -70,49 +42,27 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         model: smollm2-135m (built in), a directory with config.json, *.safetensors and tokenizer.json, a .gguf file,
             or a hub id org/name.
         out: directory of the compressed model; must be new, or of the same run.
-        preset: smoke (two blocks, a minute), default (minutes), paper (the authors' settings: hours). What follows
+        preset: smoke (two blocks, a minute), default (minutes), paper (the authors' settings: hours). All that follows
             overrides it.
-        rank: k of L R; 0 for Q alone.
-        q_bits: bits of Q: 2, 3 or 4 on the lattice; 0 for L R alone.
-        factor_bits: bits of L and R (one number for both, or two): 2, 3, 4 lattice, 8 scalar, 16 float16.
-        outer_iterations: rounds of Q and L R; all run, the best half step is kept.
-        inner_iterations: rounds of L and R within each.
-        downdate: let Q ignore the directions that L R repairs.
-        refine_passes: passes of coordinate descent after each LDLQ.
-        svd: of the closed form.
-        order: which half step comes first.
-        rotation: applied on both sides before anything else.
-        damping: added to the Hessian, in units of its mean diagonal.
-        quantizer: family of Q's grid: e8p, uniform, dithered or nf.
-        factor_quantizer: family of the factors' grids.
-        calibration_text: enwiki (built in), a text file, or a directory of .txt and .md files.
-        calibration_windows: windows of calibration text.
-        calibration_window: tokens a window.
-        evaluation_text: the same for perplexity; the same text as for calibration is split by document.
-        evaluation_windows: windows of evaluation text.
-        evaluation_window: tokens a window.
-        activations: calibrate on the dense model, or on the one whose earlier blocks are compressed already.
-        blocks: compress only the first so many blocks.
-        seed: of the rotations and of whatever else is random.
-        moments: directory to keep the calibration Moments in, read again by later runs on the same model and text.
-        hessians: directory of Hessians as the authors released them (0_qkv.pt, 0_o.pt, 0_up.pt, 0_down.pt, 1_qkv.pt, …;
-            needs torch), used instead of calibrating.
-        bits: budget, bits a weight that the compressed layers may store, everything counted: chooses --rank, --q-bits
+        bits: budget: bits a weight that the compressed layers may store, everything counted. Chooses --rank, --q-bits
             and --factor-bits of every layer by itself, to do the least predicted damage. With --preset paper add
             --downdate False.
-        megabytes: the same in 10^6 bytes of all compressed layers together.
-        allocation: what a budget weighs layers by: gradient, by the Fisher information of their outputs and the error
-            on their inputs; trace, by that of their weights and the plain error; error, relative error, all alike;
-            uniform chooses one for all layers.
-        ranks: that a budget chooses from, by default 0 and powers of two from 8 to a quarter of each layer's smaller
-            side, five at most; 0 alone shares out the bits of Q.
+        megabytes: the same budget in 10^6 bytes of all compressed layers together.
+        rank: k of L R in every layer; 0 for Q alone.
+        q_bits: bits of Q: 2, 3 or 4 on the lattice; 0 for L R alone.
+        factor_bits: bits of L and R (one number for both, or two): 2, 3, 4 lattice, 8 scalar, 16 float16.
+        blocks: compress only the first so many blocks.
+        seed: of the rotations and of whatever else is random.
+        budget: how --bits and --megabytes are shared out.
+        texts: what the model is calibrated and evaluated on.
+        algorithm: how a layer is compressed.
         workers: who does the work.
     """
     if factor_bits is not None and len(factor_bits) not in (1, 2):
         raise ValueError(f"factor_bits takes one number, or two for L and R; got {len(factor_bits)}")
     if bits is not None and megabytes is not None:
         raise ValueError("--bits and --megabytes are two words for one budget: give one of them")
-    if bits is None and megabytes is None and not (allocation is None and ranks is None):
+    if bits is None and megabytes is None and budget != Budget():
         raise ValueError("--allocation and --ranks share out a budget: give --bits or --megabytes, or leave them out")
     if megabytes is not None and not 0 < megabytes < math.inf:
         raise ValueError(f"a budget of {megabytes} MB cannot be met: give a positive number")
@@ -121,23 +71,19 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         raise ValueError("a budget chooses the rank, the bits of Q and those of L and R: leave out --rank, --q-bits "
                          "and --factor-bits, or the budget")
     factors = factor_bits[0] if factor_bits is not None and len(factor_bits) == 1 else factor_bits
-    base = PRESETS[preset]
-    caldera = override(base.caldera, rank=rank, q_bits=q_bits, factor_bits=factors,
-                       outer_iterations=outer_iterations, inner_iterations=inner_iterations, downdate=downdate,
-                       refine_passes=refine_passes, svd=svd, order=order, rotation=rotation, damping=damping,
-                       quantizer=quantizer, factor_quantizer=factor_quantizer)
+    base, tokens = PRESETS[preset], lambda kind: {name: getattr(texts, f"{kind}_{name}")
+                                                  for name in ("text", "windows", "window")}
     config = override(
-        base, model=model, caldera=caldera, activations=activations, blocks=blocks, seed=seed, hessians=hessians,
-        bits=bits if megabytes is None else 1.0, allocation=allocation, ranks=ranks,  # 1: until weights are counted
-        calibration=override(base.calibration, text=calibration_text, windows=calibration_windows,
-                             window=calibration_window),
-        evaluation=override(base.evaluation, text=evaluation_text, windows=evaluation_windows,
-                            window=evaluation_window))
+        base, model=model, activations=texts.activations, blocks=blocks, seed=seed, hessians=texts.hessians,
+        caldera=override(base.caldera, rank=rank, q_bits=q_bits, factor_bits=factors, **vars(algorithm)),
+        bits=bits if megabytes is None else 1.0, **vars(budget),  # 1: until weights are counted
+        calibration=override(base.calibration, **tokens("calibration")),
+        evaluation=override(base.evaluation, **tokens("evaluation")))
     if start(workers, lambda: convert.load(model)):
         return
     if megabytes is not None:
         config = dataclasses.replace(config, bits=8e6 * megabytes / weights(config, convert.load(model).config))
-    report = run_compress(config, out, moments)
+    report = run_compress(config, out, texts.moments)
     if spread.rank() == 0:
         print(f"{table(report)}\n\nwritten: {out / 'report.json'}")
 
@@ -205,60 +151,43 @@ def budget_lines(r: dict[str, Any]) -> list[str]:
 
 def finetune(directory: Directory, out: Path,
              preset: Literal["smoke", "signs", "factors", "both", "rte", "winogrande"] = "signs",
-             text: str | None = None, windows: int | None = None, window: int | None = None, aside: int | None = None,
-             signs: bool | None = None, ranks: int | None = None,
-             factor_dtype: Literal["bfloat16", "float32"] | None = None,
-             goal: Literal["distill", "text", "labels"] | None = None, temperature: float | None = None,
-             reconstruct: int | None = None, epochs: int | None = None, batch: int | None = None,
-             accumulate: int | None = None, sign_rate: float | None = None, factor_rate: float | None = None,
-             weight_decay: float | None = None, clip: float | None = None,
-             schedule: Literal["linear", "cosine", "constant"] | None = None, warmup: float | None = None,
-             validate: int | None = None, seed: int | None = None) -> None:
+             signs: Switch = None, ranks: Int = None,
+             factor_dtype: Annotated[Literal["bfloat16", "float32"] | None,
+                                     tyro.conf.arg(metavar="{bfloat16,float32}", help_behavior_hint="")] = None,
+             goal: Annotated[Literal["distill", "text", "labels"] | None,
+                             tyro.conf.arg(metavar="{distill,text,labels}", help_behavior_hint="")] = None,
+             temperature: Float = None, reconstruct: Int = None, data: Data = Data(),
+             optimizer: Optimizer = Optimizer()) -> None:
     """Train a compressed model: rotation signs as reals, the first ranks of L R as numbers; codes stay as they are.
 
     Args:
         directory: of the compressed model.
         out: directory for the trained one; must be new, or of the same run.
         preset: smoke (two steps); signs (the authors' first stage, the default) and factors (their second); both at
-            once; rte and winogrande (their settings for classes of texts). What follows overrides it.
-        text: enwiki (built in; the part that the run is not evaluated on), a text file or a directory; with --goal
-            labels a file of JSON lines {"text": …, "label": …}.
-        windows: of text, those for validation included; with --goal labels all lines are taken.
-        window: tokens a window.
-        aside: windows, the last, that are not trained on: the parameters of least loss on them are kept.
+            once; rte and winogrande (their settings for classes of texts). All that follows overrides it.
         signs: train the signs of the rotations.
         ranks: train so many first columns of L and rows of R.
         factor_dtype: that trained factors are stored in.
         goal: distill, the dense model's soft targets; text, the next token; labels, the class of a text.
         temperature: of the soft targets.
         reconstruct: epochs of fitting block after block to the dense model, before all are trained together.
-        epochs: passes over the text.
-        batch: windows a step.
-        accumulate: parts of a batch, one after the other, to save memory.
-        sign_rate: of AdamW for signs.
-        factor_rate: of AdamW for factors and a classifier.
-        weight_decay: of factors and a classifier.
-        clip: largest norm of a gradient.
-        schedule: of the rates, after the warm-up.
-        warmup: share of the steps.
-        validate: steps between validations, each of which is a point to go on from.
-        seed: of the order of the windows.
+        data: what is trained on.
+        optimizer: how.
     """
     base = TRAININGS[preset]
     train = override(base.train, signs=signs, ranks=ranks, factor_dtype=factor_dtype, goal=goal,
-                     temperature=temperature, reconstruct=reconstruct, epochs=epochs, batch=batch,
-                     accumulate=accumulate, sign_rate=sign_rate, factor_rate=factor_rate, weight_decay=weight_decay,
-                     clip=clip, schedule=schedule, warmup=warmup, validate=validate, seed=seed)
+                     temperature=temperature, reconstruct=reconstruct, **vars(optimizer))
     tunes = train.ranks > 0 or train.goal == "labels"
     idle = {"--temperature": temperature is not None and train.goal != "distill",
             "--factor-dtype": factor_dtype is not None and not train.ranks,
-            "--factor-rate": factor_rate is not None and not tunes, "--weight-decay": bool(weight_decay) and not tunes,
-            "--sign-rate": sign_rate is not None and not train.signs}
+            "--factor-rate": optimizer.factor_rate is not None and not tunes,
+            "--weight-decay": bool(optimizer.weight_decay) and not tunes,
+            "--sign-rate": optimizer.sign_rate is not None and not train.signs}
     if told := [name for name, is_idle in idle.items() if is_idle]:
         raise ValueError(f"{', '.join(told)}: of no effect with goal {train.goal}, {train.ranks} ranks and "
                          f"{'trained' if train.signs else 'frozen'} signs: leave it out, or train what it is for")
-    tokens = override(base.text, text=text, windows=windows, window=window)
-    config = override(base, source=str(directory), train=train, text=tokens, aside=aside)
+    tokens = override(base.text, text=data.text, windows=data.windows, window=data.window)
+    config = override(base, source=str(directory), train=train, text=tokens, aside=data.aside)
     keep_programs()
     report = run_finetune(config, out)
     own = report["finetune"][-1]
@@ -333,7 +262,7 @@ def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
 
 def evaluate_(directory: Directory, text: str | None = None, windows: int | None = None, window: int | None = None,
               context: int | None = None, stride: int | None = None, base: bool = False, tasks: str | None = None,
-              task_files: Path | None = None, limit: int | None = None, workers: Spread = Workers()) -> None:
+              task_files: Path | None = None, limit: int | None = None, workers: Workers = Workers()) -> None:
     """Perplexity of a compressed model, from disk, on the text its run was evaluated on or on another one; or tasks by
     lm_eval, written to a DIRECTORY/tasks_….json for these tasks and settings.
 
@@ -477,7 +406,7 @@ def main() -> None:
     try:
         commands = {"compress": compress, "finetune": finetune, "generate": generate_, "eval": evaluate_,
                     "export": export_, "inspect": inspect, "fetch": fetch}
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     except spread.Lost as error:
         spread.leave(spread.LOST if spread.WATCHED in os.environ else _say(str(error)))
     except (ValueError, RuntimeError) as error:

@@ -1,0 +1,142 @@
+"""The flags of the longer commands, in the groups that their --help shows.  One that is not given is the preset's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+Int = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+Ints = Annotated[tuple[int, ...] | None, arg(metavar="INT [INT ...]", help_behavior_hint="")]
+Float = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
+Str = Annotated[str | None, arg(metavar="STR", help_behavior_hint="")]
+File = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+Switch = Annotated[bool | None, arg(metavar="{True,False}", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Of compress."""
+
+    outer_iterations: Int = None
+    """rounds of Q and L R; all run, the best half step is kept."""
+    inner_iterations: Int = None
+    """rounds of L and R within each."""
+    order: Annotated[Literal["lr-first", "q-first"] | None,
+                     arg(metavar="{lr-first,q-first}", help_behavior_hint="")] = None
+    """which half step comes first."""
+    downdate: Switch = None
+    """let Q ignore the directions that L R repairs."""
+    refine_passes: Int = None
+    """passes of coordinate descent after each LDLQ."""
+    svd: Annotated[Literal["exact", "randomized"] | None,
+                   arg(metavar="{exact,randomized}", help_behavior_hint="")] = None
+    """of the closed form."""
+    rotation: Annotated[Literal["hadamard", "orthogonal", "none"] | None,
+                        arg(metavar="{hadamard,orthogonal,none}", help_behavior_hint="")] = None
+    """applied on both sides before anything else."""
+    damping: Float = None
+    """added to the Hessian, in units of its mean diagonal."""
+    quantizer: Str = None
+    """family of Q's grid: e8p, uniform, dithered or nf."""
+    factor_quantizer: Str = None
+    """family of the factors' grids."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Of compress."""
+
+    calibration_text: Str = None
+    """enwiki (built in), a text file, or a directory of .txt and .md files."""
+    calibration_windows: Int = None
+    """windows of calibration text."""
+    calibration_window: Int = None
+    """tokens a window."""
+    evaluation_text: Str = None
+    """the same for perplexity; the same text as for calibration is split by document."""
+    evaluation_windows: Int = None
+    """windows of evaluation text."""
+    evaluation_window: Int = None
+    """tokens a window."""
+    activations: Annotated[Literal["dense", "compressed"] | None,
+                           arg(metavar="{dense,compressed}", help_behavior_hint="")] = None
+    """calibrate on the dense model, or on the one whose earlier blocks are compressed already."""
+    moments: File = None
+    """directory to keep the calibration Moments in, read again by later runs on the same model and text."""
+    hessians: Str = None
+    """directory of Hessians as the authors released them (0_qkv.pt, 0_o.pt, 0_up.pt, 0_down.pt, 1_qkv.pt, …; needs
+    torch), used instead of calibrating."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of compress."""
+
+    allocation: Annotated[Literal["gradient", "trace", "error", "uniform"] | None,
+                          arg(metavar="{gradient,trace,error,uniform}", help_behavior_hint="")] = None
+    """what layers are weighed by: gradient (the default), by the Fisher information of their outputs and the error on
+    their inputs; trace, by that of their weights and the plain error; error, relative error, all alike; uniform
+    chooses one for all layers."""
+    ranks: Ints = None
+    """to choose from, by default 0 and powers of two from 8 to a quarter of each layer's smaller side, five at most; 0
+    alone shares out the bits of Q."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Of compress and eval.  Results do not depend on them, but on the threads of a process: with ``processes=0`` on
+    several cores of a CPU sums are added in another order."""
+
+    processes: Int = None
+    """local processes, each on one core; 0 works in this one, on all devices that JAX finds. Left out: as many as
+    there are cores and as memory allows, at most 8; 0 where a GPU or TPU build of JAX is installed."""
+    coordinator: Str = None
+    """HOST:PORT of process 0: this is one process of a run on several hosts, started on each with --processes and
+    --process-id; auto where TPU, SLURM or Open MPI tell all three. All must see the directories in the arguments."""
+    process_id: Int = None
+    """number of this process, from 0."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Of finetune."""
+
+    text: Str = None
+    """enwiki (built in; the part that the run is not evaluated on), a text file or a directory; with --goal labels a
+    file of JSON lines {"text": …, "label": …}."""
+    windows: Int = None
+    """of text, those for validation included; with --goal labels all lines are taken."""
+    window: Int = None
+    """tokens a window."""
+    aside: Int = None
+    """windows, the last, that are not trained on: the parameters of least loss on them are kept."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Of finetune."""
+
+    epochs: Int = None
+    """passes over the text."""
+    batch: Int = None
+    """windows a step."""
+    accumulate: Int = None
+    """parts of a batch, one after the other, to save memory."""
+    sign_rate: Float = None
+    """of AdamW for signs."""
+    factor_rate: Float = None
+    """of AdamW for factors and a classifier."""
+    weight_decay: Float = None
+    """of factors and a classifier."""
+    clip: Float = None
+    """largest norm of a gradient."""
+    schedule: Annotated[Literal["linear", "cosine", "constant"] | None,
+                        arg(metavar="{linear,cosine,constant}", help_behavior_hint="")] = None
+    """of the rates, after the warm-up."""
+    warmup: Float = None
+    """share of the steps."""
+    validate: Int = None
+    """steps between validations, each of which is a point to go on from."""
+    seed: Int = None
+    """of the order of the windows."""
