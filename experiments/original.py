@@ -1,6 +1,6 @@
 """The layers of block 14 of SmolLM2-135M at rank 32: error against that of the authors' code, where that was run.
 
-    python experiments/original.py [BLOCK]     # writes results/original_block14.json, prints the README's table
+    python experiments/original.py [BLOCK]     # writes results/original_block14.json, prints its table
 
 Same rank, bits, iterations, order and damping as those runs (original.json), three keys each, without and with the
 authors' 10 passes of coordinate descent.  H is made as theirs was: 24 windows of 512 tokens of enwiki, mean
@@ -70,7 +70,7 @@ def main(block: int = 14) -> None:
 
 
 def table(result: dict) -> str:
-    """The README's table."""
+    """The table of experiments/README.md."""
     lines = ["| layer | original | ours | ratio | ours, 10 passes | original, downdate | ours, downdate, 10 passes | "
              "ours, downdate | Q alone (2.0 bits) |", "|---" * 9 + "|"]
     for r in result["rows"]:

@@ -1,4 +1,4 @@
-"""Print the README's tables from results/*.json:  python experiments/tables.py"""
+"""Print tables of README.md from results/*.json:  python experiments/tables.py"""
 
 from drawing import RESULTS
 from original import table as original_table

@@ -486,7 +486,7 @@ def test_base_perplexity_of_smollm2_equals_that_of_transformers(tmp_path):
     convert.save_hf(tmp_path, model.config, model.params)
     other = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     _, documents = data.split(data.load_text("enwiki"))
-    windows = data.token_windows(model.tokenizer, documents, 512, 32, "evaluation")  # those of the README's table
+    windows = data.token_windows(model.tokenizer, documents, 512, 32, "evaluation")  # as in experiments/README.md
     losses = []
     with torch.no_grad():
         for tokens in torch.tensor(windows, dtype=torch.long)[:, None]:
