@@ -29,14 +29,6 @@ REPORT = {"base_perplexity": 9.0, "compressed_perplexity": 10.0, "bits_per_weigh
 RUN = accelerator.Run(SMOKE, accelerator.SIZES["smoke"], accelerator.Peaks(1e9, 1e10, 1e10, "a guess"), math.inf)
 
 
-@pytest.fixture
-def compiled_fast():
-    """XLA takes a third less time where nobody minds how slow its programs are."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def results(tmp_path, monkeypatch):
     """Records of a test go to its own folder."""
@@ -65,7 +57,7 @@ def told(found, name):
     return {row["name"]: row for row in found["parts"][name]["rows"]}
 
 
-def test_smoke_writes_a_whole_finite_record_without_absolute_paths(results, compiled_fast, monkeypatch, capsys):
+def test_smoke_writes_a_whole_finite_record_without_absolute_paths(results, monkeypatch, capsys):
     monkeypatch.setattr(accelerator, "says", pretend)
     accelerator.measure(SMOKE)
     text = (results / "accelerator_cpu_smoke.json").read_text()

@@ -516,6 +516,7 @@ def test_a_budget_above_all_choices_is_met_by_the_dearest_and_the_report_says_so
     assert "squared relative error, summed over the layers" in cli.table(row)
 
 
+@pytest.mark.extra
 def test_released_hessians_serve_a_budget_too(config, tmp_path):
     torch = pytest.importorskip("torch", reason="the authors' Hessians are torch files")
     for index, name in itertools.product(range(2), ("qkv", "o", "up", "down")):

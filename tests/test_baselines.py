@@ -545,6 +545,7 @@ def test_it_is_h_where_the_layer_has_no_fisher(name, settings):
     np.testing.assert_array_equal(_weight(name, layer, **settings), _weight(name, other, **settings))
 
 
+@pytest.mark.extra
 def test_kmeans_is_scikit_learns():
     cluster = pytest.importorskip("sklearn.cluster")
     layer = _layer()._replace(fisher=None)

@@ -253,6 +253,7 @@ def test_calibrating_on_the_compressed_model_changes_later_blocks_only(finished,
     assert ours["block_001.safetensors"] != theirs["block_001.safetensors"]
 
 
+@pytest.mark.extra
 def test_released_hessians_are_read_with_their_mean(source, config, tmp_path):
     torch = pytest.importorskip("torch", reason="the authors' Hessians are torch files")
     shapes, expected = llama.shapes(tiny.CONFIG), {}
@@ -478,6 +479,7 @@ def test_the_first_two_blocks_of_smollm2(tmp_path, monkeypatch):
     assert data.fetch_model("smollm2-135m").is_file()
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_base_perplexity_of_smollm2_equals_that_of_transformers(tmp_path):
     torch = pytest.importorskip("torch", reason="transformers is the other side")

@@ -73,6 +73,7 @@ def test_a_model_is_not_written_over_another(tmp_path):
         convert.save_hf(tmp_path, PLAIN, make(PLAIN))
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
 def test_what_transformers_saves_gives_the_same_logits(tmp_path, kind):
     torch = pytest.importorskip("torch", reason="torch is the other side of this test")
@@ -364,6 +365,7 @@ def test_a_hub_id_without_huggingface_hub_names_the_extra(monkeypatch):
         convert.load("org/name")
 
 
+@pytest.mark.extra
 def test_a_hub_id_is_fetched_and_a_failure_explained(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub", reason="the hub extra is what is tested")
     convert.save_hf(tmp_path, PLAIN, make(PLAIN))

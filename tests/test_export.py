@@ -185,6 +185,7 @@ def test_scalar_codes_are_packed_as_the_docstring_says(bits):
 # ---- Hugging Face
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transformers_loads_the_directory_as_it_is_and_has_our_logits(tmp_path, name):
     torch = pytest.importorskip("torch", reason="torch is the other side of this test")
@@ -208,6 +209,7 @@ def test_transformers_loads_the_directory_as_it_is_and_has_our_logits(tmp_path, 
                                                                                   skip_special_tokens=False)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("prefix", [True, False])
 def test_transformers_encodes_and_decodes_as_a_sentencepiece_tokenizer(tmp_path, prefix):
     transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
@@ -430,6 +432,7 @@ def test_a_model_is_written_a_part_at_a_time(tmp_path):
 # ---- the built-in model
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_smollm2_comes_back_from_gguf_and_from_transformers_with_its_logits_and_tokenizer(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is the other side of this test")

@@ -56,6 +56,7 @@ def test_greedy_tokens_are_the_likeliest_after_the_whole_sequence(config):
     same(found, [greedy(config, params, prompt, 12) for prompt in PROMPTS[:2]])
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("name", ["gqa", "mistral", "qwen2"])
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is the other side of this test")

@@ -32,6 +32,7 @@ from caldera_jax.models import convert, llama  # noqa: E402
 from caldera_jax.models.convert import Model  # noqa: E402
 from caldera_jax.models.weights import whole  # noqa: E402
 
+pytestmark = pytest.mark.extra
 TASKS = str(Path(__file__).parent / "tasks")
 NAMES = ("local_blank", "local_choice", "local_pages", "local_words")
 CONFIG = dataclasses.replace(tiny.SQUARE, vocab=302)

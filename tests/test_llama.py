@@ -89,6 +89,7 @@ def test_logits_agree_with_a_slow_float64_oracle(config):
         np.testing.assert_allclose(oracle(config, params, row), expected, atol=1e-11)
 
 
+@pytest.mark.extra
 @every_config
 def test_logits_agree_with_transformers(config, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is the other side of this test")

@@ -290,6 +290,7 @@ def test_the_text_of_one_window_is_the_whole_of_every_batch(config):
     np.testing.assert_array_equal(train_tiny.batch(config, tokens, 0), np.tile(tokens, (config.batch, 1)))
 
 
+@pytest.mark.extra
 def test_transformers_reads_the_model_and_finds_the_same_logits_and_tokens(trained):
     torch = pytest.importorskip("torch", reason="transformers is the other side")
     transformers = pytest.importorskip("transformers", reason="transformers is the other side")
