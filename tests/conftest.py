@@ -2,11 +2,14 @@
 
 Each worker of ``pytest -n`` keeps to one core: two XLA thread pools on the same cores wait for each other.  Most of the
 time would be XLA's optimizing of programs that run for milliseconds: here it optimizes little, unless XLA_FLAGS says
-otherwise.  Processes that a test starts with flags of their own compile as a user's do.
+otherwise, and in the processes that a test starts.  Compiled programs are shared by all workers, their processes and
+later runs, in .pytest_cache/xla.
 """
 
+import gc
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
@@ -16,6 +19,11 @@ FLAGS = "--xla_backend_optimization_level=0"
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # gone since: XLA ends at a flag that it does not know
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+
+for name, value in {"DIR": Path(__file__).parent.parent / ".pytest_cache" / "xla", "MIN_COMPILE_TIME_SECS": 0,
+                    "MIN_ENTRY_SIZE_BYTES": -1}.items():
+    os.environ.setdefault(f"JAX_{'COMPILATION' if name == 'DIR' else 'PERSISTENT'}_CACHE_{name}", str(value))
+gc.set_threshold(50_000, 20, 50)  # millions of objects stay, those of what JAX has traced: look through them rarely
 
 import jax  # noqa: E402, I001  (it counts the cores when it starts)
 from programs import few_programs  # noqa: E402, F401

@@ -526,6 +526,7 @@ def test_released_hessians_serve_a_budget_too(config, tmp_path):
     assert row["bits_per_weight"] <= 3.3 and row["loss"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_share_out_a_budget_as_one_does(source, config, tmp_path):
     text, found = config.calibration.text, []
     settings = ["--quantizer", "uniform", "--factor-quantizer", "uniform", "--rotation", "none", "--outer-iterations",

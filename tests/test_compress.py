@@ -457,6 +457,7 @@ def test_the_command_line_turns_bad_input_into_one_line(arguments, monkeypatch, 
 # ---- the real model
 
 
+@pytest.mark.slow
 def test_the_first_two_blocks_of_smollm2(tmp_path, monkeypatch):
     whole = convert.load("smollm2-135m")
     cut = whole._replace(config=dataclasses.replace(whole.config, layers=2),

@@ -137,7 +137,11 @@ def test_an_unknown_experiment_is_refused_and_the_known_ones_are_listed():
         runner.experiment("outre")
 
 
-@pytest.mark.parametrize("name", runner.NAMES)
+QUICK = ("outer", "inner", "ablations", "distillation")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+                                  for name in runner.NAMES])
 def test_the_smoke_preset_runs_is_judged_and_drawn(name, results):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     experiment = runner.experiment(name)
@@ -162,6 +166,7 @@ def test_committed_results_are_those_of_the_full_preset_and_make_the_committed_f
     pyplot.close("all")
 
 
+@pytest.mark.slow
 def test_generation_is_measured_packed_and_dense_and_both_say_the_same(results, capsys):
     import generation
 

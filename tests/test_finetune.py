@@ -185,7 +185,7 @@ def test_the_losses_are_those_of_the_definitions(small):
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
     config, params, _, tokens = small
     found = []
-    for accumulate in (1, 2, 4):
+    for accumulate in (1, 2):
         train = TrainConfig(goal="text", ranks=1, batch=4, accumulate=accumulate)
         model, free = students.student(config, params, train)
         found.append(training._mean_gradient(model, wide(free), Batch(tokens)))
@@ -457,14 +457,15 @@ def test_bad_input_is_named(place, finished, tmp_path):
 
 
 def test_devices_that_share_a_batch_find_the_same_losses(place, finished, tmp_path):
-    code = ("import sys, jax; from caldera_jax import finetune as f; from caldera_jax.models.data import Tokens\n"
+    code = ("import sys, jax; from caldera_jax.jobs import finetune as f; from caldera_jax.models.data import Tokens\n"
             "assert jax.device_count() == 4\n"
             "t = f.TrainConfig(epochs=2, sign_rate=1e-2, factor_rate=1e-2, validate=3)\n"
             "f.finetune(f.FinetuneConfig(sys.argv[1], t, Tokens(sys.argv[2], 22, 32), 6), __import__('pathlib').Path("
             "sys.argv[3]))")
     done = subprocess.run([sys.executable, "-c", code, str(place / "compressed"), str(place / "text.txt"),
                            str(tmp_path / "out")], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+                          env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"]
+                                             + " --xla_force_host_platform_device_count=4"})
     assert done.returncode == 0, done.stderr
     found = files.read_json(tmp_path / "out" / "report.json")["finetune"][-1]
     # sums in another order, in float32, and Adam divides by what may be small; six windows on four devices

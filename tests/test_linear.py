@@ -290,6 +290,7 @@ assert abs(errors[0] / errors[1] - 1) < 5e-3, errors
 """
 
 
+@pytest.mark.slow
 def test_rows_over_eight_devices_are_one_device():
     """The design's sense of equal: in float64 the same codes; in float32 the error within 0.5 %."""
     done = subprocess.run([sys.executable, "-c", SPREAD, str(Path(__file__).parent)], capture_output=True, text=True)

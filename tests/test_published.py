@@ -178,6 +178,7 @@ def test_the_dry_run_has_the_true_shapes_and_the_settings_of_the_preset_but_what
     assert found.calibration.window == preset.calibration.window and found.seed == preset.seed
 
 
+@pytest.mark.slow
 def test_the_dry_run_of_the_smallest_shapes_records_every_layer_and_no_path(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(drawing, "RESULTS", tmp_path)
     dry_run.main(dry_run.Config("smoke"))

@@ -35,7 +35,7 @@ def start(place, out, *more, devices=1, model="model"):
     text = ["--calibration-text", str(place / "text.txt"), "--evaluation-text", str(place / "text.txt")]
     command = [sys.executable, "-m", "caldera_jax.jobs.cli", "compress", str(place / model), "--out", str(out)]
     environment = os.environ | {"CALDERA_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu", "XLA_FLAGS":
-                                f"--xla_force_host_platform_device_count={devices}"}
+                                f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen([*command, *SETTINGS, *text, *more], env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
@@ -63,7 +63,7 @@ def alone(place):
 # ---- the same bytes
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(2, 1), (0, 8)])
+@pytest.mark.parametrize(("processes", "devices"), [(2, 1), pytest.param(0, 8, marks=pytest.mark.slow)])
 def test_bytes_do_not_depend_on_processes_or_devices(place, alone, tmp_path, processes, devices):
     moments = tmp_path / "moments"
     code, out, error = run(place, tmp_path / "out", "--processes", str(processes), "--moments", str(moments),
@@ -82,6 +82,7 @@ def test_bytes_do_not_depend_on_processes_or_devices(place, alone, tmp_path, pro
     assert not words, words  # progress alone: no warning, no log
 
 
+@pytest.mark.slow
 def test_two_processes_calibrate_on_the_compressed_model_as_one_does(place, tmp_path):
     found = []
     for processes in ("1", "2"):
@@ -190,7 +191,8 @@ def peak(place, name, blocks, *more):
     return json.loads((place / f"{name}_out" / "report.json").read_text())["peak_memory_bytes"]
 
 
-@pytest.mark.parametrize("more", [["--blocks", "2"], pytest.param([], marks=pytest.mark.slow)], ids=["two", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--blocks", "2"], []], ids=["two", "all"])
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path, more):
     """Twenty more blocks of 4.1 MB are 83 MB, every time; the peak of a busy machine varies by tens from run to run."""
     tiny.write_text(tmp_path / "text.txt")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -144,8 +145,11 @@ def test_a_second_one_waits_for_the_one_that_trains(config, home, monkeypatch, c
     with ThreadPoolExecutor() as pool:
         with train_tiny.alone(config):
             second = pool.submit(train_tiny.train, config)
-            while "waiting for it" not in capsys.readouterr().err:
-                assert not second.done()
+            said, until = "", time.monotonic() + 60
+            while "waiting for it" not in said:  # in pieces: it is being written
+                assert not second.done() and time.monotonic() < until, said
+                said += capsys.readouterr().err
+                time.sleep(0.01)
             assert not train_tiny.record_path(config).exists()
         assert second.result(60) == {"of": "the second"}
 

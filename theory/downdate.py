@@ -286,8 +286,9 @@ def test_before_the_repair_the_downdated_feedback_is_never_better(kind, block):
     assert abs(np.trace(own @ damped @ own.T) / trace - 1) < 1e-9
 
 
-@pytest.mark.parametrize("kind, share, bits, helps", [("power", 0.0, 16, True), ("power", 0.3, 16, True),
-                                                      ("power", 0.9, 4, False), ("spiked", 0.3, 4, False)])
+@pytest.mark.parametrize("kind, share, bits, helps", [
+    pytest.param("power", 0.0, 16, True, marks=pytest.mark.slow), ("power", 0.3, 16, True),
+    pytest.param("power", 0.9, 4, False, marks=pytest.mark.slow), ("spiked", 0.3, 4, False)])
 def test_the_sign_is_as_predicted_where_it_is_clear(kind, share, bits, helps):
     row = compare(SMALL, spiked(64, 96, 8, share), common.hessian(kind, 96), 8, bits)
     assert abs(predicted_gain(row)) > 0.02  # clear: rotations move a final error by about 2 %
