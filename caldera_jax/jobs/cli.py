@@ -1,4 +1,4 @@
-"""The command `caldera`: thin functions whose docstrings are the help texts."""
+"""Compress language models: weight matrices as Q + L R, low rank and low precision (CALDERA)."""
 
 import dataclasses
 import errno
@@ -26,8 +26,8 @@ from caldera_jax.jobs.report import config_hash
 from caldera_jax.models import convert, data, files
 from caldera_jax.models.convert import Model as Loaded
 
-Model = Annotated[str, tyro.conf.Positional]
-Directory = Annotated[Path, tyro.conf.Positional]
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 
 def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper"] = "default", bits: Float = None,
@@ -42,17 +42,17 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         model: smollm2-135m (built in), a directory with config.json, *.safetensors and tokenizer.json, a .gguf file,
             or a hub id org/name.
         out: directory of the compressed model; must be new, or of the same run.
-        preset: smoke (two blocks, a minute), default (minutes), paper (the authors' settings: hours). All that follows
-            overrides it.
+        preset: smoke (two blocks, rank 16, a minute), default (rank 64, 15 outer and 10 inner iterations: minutes),
+            paper (the authors' settings: hours). All that follows overrides it.
         bits: budget: bits a weight that the compressed layers may store, everything counted. Chooses --rank, --q-bits
             and --factor-bits of every layer by itself, to do the least predicted damage. With --preset paper add
             --downdate False.
         megabytes: the same budget in 10^6 bytes of all compressed layers together.
         rank: k of L R in every layer; 0 for Q alone.
-        q_bits: bits of Q: 2, 3 or 4 on the lattice; 0 for L R alone.
+        q_bits: bits of Q: 2, 3 or 4 on the lattice, more on other grids; 0 for L R alone.
         factor_bits: bits of L and R (one number for both, or two): 2, 3, 4 lattice, 8 scalar, 16 float16.
         blocks: compress only the first so many blocks.
-        seed: of the rotations and of whatever else is random.
+        seed: random seed: of the rotations and of whatever else is random.
         budget: how --bits and --megabytes are shared out.
         texts: what the model is calibrated and evaluated on.
         algorithm: how a layer is compressed.
@@ -161,7 +161,7 @@ def finetune(directory: Directory, out: Path,
     """Train a compressed model: rotation signs as reals, the first ranks of L R as numbers; codes stay as they are.
 
     Args:
-        directory: of the compressed model.
+        directory: of a compressed model, as compress wrote it.
         out: directory for the trained one; must be new, or of the same run.
         preset: smoke (two steps); signs (the authors' first stage, the default) and factors (their second); both at
             once; rte and winogrande (their settings for classes of texts). All that follows overrides it.
@@ -244,7 +244,7 @@ def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
     """Write a compressed model as dense files that other programs read: W ≈ Q + L R put together again.
 
     Args:
-        directory: of the compressed model.
+        directory: of a compressed model, as compress wrote it.
         to: hf, a directory with config.json, safetensors and tokenizer that transformers loads as it is; gguf, one file
             of the Llama architecture.
         out: the directory, or the file ending in .gguf, to write; must be new.
@@ -267,7 +267,7 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
     lm_eval, written to a DIRECTORY/tasks_….json for these tasks and settings.
 
     Args:
-        directory: of the compressed model.
+        directory: of a compressed model, as compress wrote it.
         text: enwiki (built in; the part that the run was not calibrated on), a text file, or a directory.
         windows: number of windows of text.
         window: tokens a window.
@@ -341,7 +341,7 @@ def inspect(directory: Directory, theory: bool = False, report: Path | None = No
     error and bits beside the theory's; or write a page that shows where the bits went and where the loss came from.
 
     Args:
-        directory: of the compressed model.
+        directory: of a compressed model, as compress wrote it.
         theory: compare every layer with what theory says of it. Errors are relative, against the undamped Hessian:
             error, measured; floor, the least that any unrounded L R of this rank reaches beside this Q; ldlq, predicted
             from the grid's rounding error; quip# and thm 4.1, the bounds of QuIP#'s and of CALDERA's theorem. Bits a

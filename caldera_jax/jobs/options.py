@@ -31,7 +31,7 @@ class Algorithm:
     """passes of coordinate descent after each LDLQ."""
     svd: Annotated[Literal["exact", "randomized"] | None,
                    arg(metavar="{exact,randomized}", help_behavior_hint="")] = None
-    """of the closed form."""
+    """SVD of the low-rank step: exact, or subspace iteration."""
     rotation: Annotated[Literal["hadamard", "orthogonal", "none"] | None,
                         arg(metavar="{hadamard,orthogonal,none}", help_behavior_hint="")] = None
     """applied on both sides before anything else."""
