@@ -18,7 +18,7 @@ from test_compress import weight_files
 from caldera_jax.jobs import cli
 from caldera_jax.models import files
 
-COMPRESS = ["compress", "model", "--rank", "4", "--outer-iterations", "40", "--processes", "1", "--calibration-text",
+COMPRESS = ["compress", "model", "--rank", "4", "--outer-iterations", "600", "--processes", "1", "--calibration-text",
             "text.txt", "--calibration-windows", "8", "--calibration-window", "32", "--evaluation-text", "text.txt",
             "--evaluation-windows", "6", "--evaluation-window", "32"]
 FINETUNE = ["finetune", "compressed", "--ranks", "2", "--reconstruct", "1", "--epochs", "4", "--validate", "3",
