@@ -20,9 +20,9 @@ if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # gone since: X
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
-for name, value in {"DIR": Path(__file__).parent.parent / ".pytest_cache" / "xla", "MIN_COMPILE_TIME_SECS": 0,
-                    "MIN_ENTRY_SIZE_BYTES": -1}.items():
-    os.environ.setdefault(f"JAX_{'COMPILATION' if name == 'DIR' else 'PERSISTENT'}_CACHE_{name}", str(value))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 gc.set_threshold(50_000, 20, 50)  # millions of objects stay, those of what JAX has traced: look through them rarely
 
 import jax  # noqa: E402, I001  (it counts the cores when it starts)

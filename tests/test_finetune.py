@@ -185,7 +185,7 @@ def test_the_losses_are_those_of_the_definitions(small):
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
     config, params, _, tokens = small
     found = []
-    for accumulate in (1, 2):
+    for accumulate in (1, 2, 4):
         train = TrainConfig(goal="text", ranks=1, batch=4, accumulate=accumulate)
         model, free = students.student(config, params, train)
         found.append(training._mean_gradient(model, wide(free), Batch(tokens)))
