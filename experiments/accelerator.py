@@ -14,7 +14,7 @@
 
 A row is recorded when it is measured, and the peak memory since the start after each part.  What fails is recorded, and
 the rest goes on; what has no time left (--limit) is recorded as such.  Fractions are of the device's published peaks,
-or of what was measured here where ``DEVICES`` has none.  float32 products have precision "highest".  Calls are
+or of what was measured here where ``devices`` has none.  float32 products have precision "highest".  Calls are
 dispatched ahead and waited for together; ``smallest_call_seconds`` is what that costs at least.
 
 A bare machine needs this checkout, Python >= 3.11, JAX for its device, a model and a text.  JAX_PLATFORMS stays unset,
@@ -22,6 +22,8 @@ or names cpu as well.
 
     pip install "jax[cuda13]" && pip install -e .        # or jax[cuda12], jax[tpu]
     caldera fetch smollm2-135m enwiki && python experiments/accelerator.py
+
+``XLA_FLAGS=--xla_gpu_enable_triton_gemm=false`` before it halves the time on a GPU, nearly all of it compiling.
 
 Where it has no network, run this beside one, with the same Python and processor, and carry wheels/ and cache/ along:
 
@@ -50,12 +52,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
+import devices
 import drawing
 import dry_run
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from devices import Peaks, Row, half_dtype, in_turn, rated, timed
 from speed import E8P2, E8P4, INNER, counted, packed_layer, problem, search_operations
 
 import caldera_jax as cj
@@ -65,35 +69,11 @@ from caldera_jax.kernels import e8p, hadamard, matmul
 from caldera_jax.ldlq import ldlq
 from caldera_jax.models import data, files
 
-Row = dict[str, Any]
 Rows = Iterator[tuple[str, Callable[[], Row]]]  # a part: names, and what measures each
 SHARES = {"kernels": 80, "encode": 25, "apply": 70, "method": 60, "layer": 60, "job": 90}  # of the time that is left
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 TWO, FOUR = (1.0,), (1.0, 1 / E8P4.residual_scale)  # 2 and 4 bits, as ``kernels.matmul`` decodes them
 EPS = float(np.finfo(np.float32).eps)
-
-
-class Peaks(NamedTuple):
-    """Bytes of memory and operations of products, a second, and who says so."""
-
-    memory: float
-    float32: float
-    half: float
-    source: str
-
-
-TPU = "Cloud TPU documentation; float32: the six passes in bfloat16 of precision highest"
-DEVICES = {  # by JAX's device_kind; half precision without sparsity
-    "NVIDIA A100-SXM4-80GB": Peaks(2.039e12, 19.5e12, 312e12, "NVIDIA A100 datasheet, 80GB SXM"),
-    "NVIDIA H100 80GB HBM3": Peaks(3.35e12, 67e12, 989e12, "NVIDIA H100 datasheet, SXM"),
-    "NVIDIA H200": Peaks(4.8e12, 67e12, 989e12, "NVIDIA H200 datasheet, SXM"),
-    "NVIDIA L4": Peaks(300e9, 30.3e12, 121e12, "NVIDIA L4 datasheet"),
-    "NVIDIA GeForce RTX 4090": Peaks(1.008e12, 82.6e12, 165.2e12, "NVIDIA Ada whitepaper; half with float32 sums"),
-    "TPU v4": Peaks(1.2e12, 275e12 / 6, 275e12, TPU),
-    "TPU v5 lite": Peaks(819e9, 197e12 / 6, 197e12, TPU),  # v5e
-    "TPU v5": Peaks(2.765e12, 459e12 / 6, 459e12, TPU),  # v5p, and so is the next
-    "TPU v5p": Peaks(2.765e12, 459e12 / 6, 459e12, TPU),
-    "TPU v6 lite": Peaks(1.64e12, 918e12 / 6, 918e12, TPU)}  # v6e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,55 +114,6 @@ class Run(NamedTuple):
     sizes: Sizes
     peaks: Peaks
     until: float
-
-
-def timed(f: Callable[..., Any], variants: list[tuple[Any, ...]], budget: float, dtype=jnp.float32) -> Row:
-    """Median seconds of a call, its arguments taken in turn, and how much longer the first one takes."""
-    f = jax.jit(f)
-
-    def ahead(calls: int) -> float:
-        start = time.perf_counter()
-        for i in range(calls):
-            result = f(*variants[i % len(variants)])
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / calls
-
-    with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-        first, once = ahead(1), max(ahead(len(variants)), 1e-7)
-        calls = int(np.clip(0.005 / once, 1, 500))
-        samples = int(np.clip(budget / (calls * once), 1, 15))
-        seconds = float(np.median([ahead(calls) for _ in range(samples)]))
-    return {"seconds": seconds, "compile_seconds": max(first - seconds, 0.0)}
-
-
-def in_turn(tree: Any, cold: float) -> list[Any]:
-    """Copies that take ``cold`` bytes together, at most 48."""
-    copies = math.ceil(cold / sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-    return [tree, *(jax.tree.map(jnp.copy, tree) for _ in range(min(copies, 48) - 1))]
-
-
-def rated(peaks: Peaks, row: Row, flops: float, moved: float, dtype=jnp.float32) -> Row:
-    """The row with operations, bytes, and the fractions of the peaks that they make."""
-    rate = peaks.float32 if dtype == jnp.float32 else peaks.half
-    return {**row, "flops": flops, "bytes": moved, "of_flops": flops / row["seconds"] / rate,
-            "of_memory": moved / row["seconds"] / peaks.memory}
-
-
-def half_dtype() -> Any:
-    """A TPU has bfloat16 only."""
-    return jnp.bfloat16 if jax.default_backend() == "tpu" else jnp.float16
-
-
-def measured(sizes: Sizes) -> tuple[Peaks, float]:
-    """What products, and reading a matrix once, reach here; and the seconds of the smallest call."""
-    cpu = jax.default_backend() == "cpu"
-    n, half, wide = (512, 256, 1024) if not sizes.cold else (2048, 512, 8192) if cpu else (8192, 8192, 16384)
-    ones = lambda *shape, dtype=jnp.float32: jnp.ones(shape, dtype)
-    seconds = lambda f, *args: timed(f, [args], sizes.budget, args[0].dtype)["seconds"]
-    square = lambda n, dtype: 2.0 * n**3 / seconds(lambda a: a @ a, ones(n, n, dtype=dtype))
-    read = 4.0 * wide**2 / seconds(lambda a, x: a @ x, ones(wide, wide), ones(wide))
-    peaks = Peaks(read, square(n, jnp.float32), square(half, half_dtype()), "measured here")
-    return peaks, seconds(lambda x: x + 1, ones(8))
 
 
 SEARCH, DECODE = jax.jit(e8p.reference), jax.jit(lattice.e8p_decode)
@@ -253,13 +184,20 @@ def check_kernels(run: Run) -> Rows:
                        partial(check, *both, (b, n), dtype, tolerance, seed, parts))
 
 
+def against(plain: Row, row: Row) -> Row:
+    """Plain JAX beside the kernel that runs here, or beside itself."""
+    return {"plain_seconds": plain["seconds"], "plain_compile_seconds": plain["compile_seconds"],
+            "plain_over_kernel": plain["seconds"] / row["seconds"]}
+
+
 def encode(run: Run) -> Rows:
     """float32 in; values and codes out.  Operations are elementwise: without multiply-adds half of the peak is all."""
     def measure(count: int) -> Row:
         x, _ = gaussian(0, (-(-count // 4096), min(count, 4096)), jnp.float32)
-        row = timed(lambda x: e8p.encode(x), [(one,) for one in in_turn(x, run.sizes.cold)], run.sizes.budget)
+        row, plain = (timed(f, [(one,) for one in in_turn(x, run.sizes.cold)], run.sizes.budget)
+                      for f in (lambda x: e8p.encode(x), e8p.reference))
         return {**rated(run.peaks, row, search_operations() * count, 8.25 * count),
-                "weights_per_second": count / row["seconds"]}
+                "weights_per_second": count / row["seconds"], **against(plain, row)}
 
     for count in run.sizes.weights:
         yield f"e8p.encode, {count} weights", partial(measure, count)
@@ -292,13 +230,21 @@ def method(run: Run) -> Rows:
         (m, n), row = w.shape, timed(f, [(w, factors)], 4 * run.sizes.budget)
         return rated(run.peaks, row, counted(m, n, k, search_operations())[name], 4.0 * n * (matrices * m + n))
 
+    def beside_plain(*args: Any) -> Row:
+        with kernels.use("jax"):
+            plain = measure(*args)
+        jax.clear_caches()  # of what was traced so
+        row = measure(*args)
+        return {**row, **against(plain, row)}
+
     for m, n, k in run.sizes.layers:
         w, h = problem(m, n)
         with jax.default_matmul_precision("highest"):
             factors = jax.jit(hessian.factor, static_argnums=(1, 2))(h, 0.01, 8)
         once = cj.CalderaConfig(rank=k, outer_iterations=1, inner_iterations=INNER, svd="randomized")
         whole = partial(lambda config, w, f: cj.caldera(jax.random.key(0), w, f, config), once)
-        yield f"block LDLQ {m} x {n}", partial(measure, "ldlq", 2, lambda w, f: ldlq(w, E8P2, f), w, factors, k)
+        yield (f"block LDLQ {m} x {n}",
+               partial(beside_plain, "ldlq", 2, lambda w, f: ldlq(w, E8P2, f), w, factors, k))
         yield f"outer iteration {m} x {n}, rank {k}", partial(measure, "outer", 3, whole, w, factors, k)
 
 
@@ -370,6 +316,7 @@ def says(run: Run, *arguments: str) -> str:
 PARTS = {"kernels": check_kernels, "encode": encode, "apply": apply, "method": method, "layer": layer, "job": job}
 NOTES = {"relative_error": "error {:.2g}", "tolerance": "at most {:.2g}", "codes_differ": "{} codes differ",
          "weights_per_second": "{:.3g} weights/s", "packed_over_dense": "{:.2f} times dense",
+         "plain_over_kernel": "plain JAX {:.1f} times as long",
          "difference": "differs by {:.2%}", "error": "{}", "message": "{!r:.80}", "said": "{!r:.80}"}
 
 
@@ -431,13 +378,15 @@ def begin(config: Config) -> tuple[Row, Peaks]:
     """The head of the record, and the peaks to compare with."""
     device = jax.devices()[0]
     try:
-        here, least = measured(SIZES[config.preset])
+        sizes = SIZES[config.preset]
+        here, least = devices.measured(sizes.cold, sizes.budget)
     except Exception as error:
         here, least = Peaks(math.nan, math.nan, math.nan, f"not measured: {error}"), math.nan
-    peaks = DEVICES.get(device.device_kind, here)
+    peaks = devices.DEVICES.get(device.device_kind, here)
     print(f"{device.device_kind}, JAX {jax.__version__}, peaks: {peaks.source}\n"
           f"  {'':56s} microseconds  compile  of flops of memory")
-    return {**report.provenance(config, config.seed), "kernel_mode": kernels.mode(), "platform": device.platform,
+    return {**report.provenance(config, config.seed), "kernel_mode": kernels.mode(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""), "platform": device.platform,
             "runtime": device.client.platform_version, "peaks": peaks._asdict(), "measured_peaks": here._asdict(),
             "smallest_call_seconds": least, "parts": {}}, peaks
 

@@ -5,8 +5,8 @@
 The least time for y = x Wᵀ with W of LLaMA-2 7B: every unit of the device at its published peak, all at once, and the
 slowest binds.  "dense" reads a float16 matrix; "packed" decodes on chip, once for every tile of x, as
 ``kernels.matmul`` does on a TPU (for a GPU no such kernel is here); "decoded" decodes into a dense matrix in main
-memory first.  Operations are those of the kernels' jaxprs.  Real kernels reach a part of such bounds; how large a part,
-no accelerator was at hand to measure.
+memory first.  Operations are those of the kernels' jaxprs.  Real kernels reach a part of such bounds: ``accelerator``
+measures it.
 """
 
 from functools import cache

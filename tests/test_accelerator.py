@@ -21,12 +21,13 @@ from caldera_jax.models import files
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 
 import accelerator  # noqa: E402
+import devices  # noqa: E402
 import drawing  # noqa: E402
 
 SMOKE = accelerator.Config(preset="smoke", limit=600.0)
 REPORT = {"base_perplexity": 9.0, "compressed_perplexity": 10.0, "bits_per_weight": 3.0, "mean_layer_error": 0.2,
           "stages": {"load": {"seconds": 1.0}}, "seconds": {"total": 2.0, "compile": 1.0}}
-RUN = accelerator.Run(SMOKE, accelerator.SIZES["smoke"], accelerator.Peaks(1e9, 1e10, 1e10, "a guess"), math.inf)
+RUN = accelerator.Run(SMOKE, accelerator.SIZES["smoke"], devices.Peaks(1e9, 1e10, 1e10, "a guess"), math.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def test_what_fails_is_recorded_without_paths_and_the_rest_goes_on(results, monk
 
     parts = {**accelerator.PARTS, "encode": broken, "apply": half, "layer": lambda run: iter(())}
     monkeypatch.setattr(accelerator, "PARTS", parts)
-    monkeypatch.setattr(accelerator, "measured", lambda sizes: 1 / 0)
+    monkeypatch.setattr(devices, "measured", lambda *sizes: 1 / 0)
     monkeypatch.setenv("CALDERA_CACHE", str(results / "nothing"))
     config = accelerator.Config(("encode", "apply", "layer", "job"), "smoke", "smollm2-135m")
     accelerator.measure(config)
@@ -114,7 +115,7 @@ def test_what_fails_is_recorded_without_paths_and_the_rest_goes_on(results, monk
 def test_a_part_stops_between_rows_when_its_share_is_over_and_others_have_what_is_left(monkeypatch):
     seconds, moments = iter(range(0, 1000, 10)), []
     monkeypatch.setattr(accelerator.time, "perf_counter", lambda: float(next(seconds)))
-    monkeypatch.setattr(accelerator, "measured", lambda sizes: (RUN.peaks, 1e-6))
+    monkeypatch.setattr(devices, "measured", lambda *sizes: (RUN.peaks, 1e-6))
 
     def slow(run):
         moments.append(run.until)
@@ -192,20 +193,20 @@ def test_the_job_is_done_by_processes_of_their_own():
 
 
 def test_every_device_has_finite_peaks_of_a_named_source_and_fractions_of_them_are_what_they_say():
-    for kind, peaks in accelerator.DEVICES.items():
+    for kind, peaks in devices.DEVICES.items():
         assert all(0 < x < 1e16 and math.isfinite(x) for x in peaks[:3]) and len(peaks.source) > 10
         assert peaks.float32 < peaks.half and peaks.memory < peaks.float32, kind
-        row = accelerator.rated(peaks, {"seconds": 1e-3}, 1e-3 * peaks.half / 2, 1e-3 * peaks.memory / 4, jnp.bfloat16)
+        row = devices.rated(peaks, {"seconds": 1e-3}, 1e-3 * peaks.half / 2, 1e-3 * peaks.memory / 4, jnp.bfloat16)
         assert row["of_flops"] == pytest.approx(0.5) and row["of_memory"] == pytest.approx(0.25)
-    assert {"NVIDIA H100 80GB HBM3", "TPU v5 lite"} < accelerator.DEVICES.keys()
+    assert {"NVIDIA H100 80GB HBM3", "TPU v5 lite"} < devices.DEVICES.keys()
 
 
 def test_copies_in_turn_outgrow_a_cache_and_are_other_arrays():
     one = {"a": jnp.ones(1000, jnp.float32)}
-    copies = accelerator.in_turn(one, 10_000)
-    assert len(copies) == 3 and copies[0] is one and len(accelerator.in_turn(one, 1e9)) == 48
+    copies = devices.in_turn(one, 10_000)
+    assert len(copies) == 3 and copies[0] is one and len(devices.in_turn(one, 1e9)) == 48
     places = {copy["a"].unsafe_buffer_pointer() for copy in copies}
-    assert len(places) == 3 and len(accelerator.in_turn(one, 0)) == 1
+    assert len(places) == 3 and len(devices.in_turn(one, 0)) == 1
 
 
 def test_paths_are_cut_and_rates_stay():

@@ -1,6 +1,7 @@
 """Kernels: equal to their references when interpreted, lowered for TPU without one, picked in one place."""
 
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.export
@@ -56,9 +57,9 @@ def _interpret(f, *args, **static):
     return jax.jit(lambda *args: f(*args, interpret=True, **static), compiler_options=FAST)(*args)
 
 
-def _modules(f, *args):
+def _modules(f, *args, **options):
     """The program lowered for each platform, on a machine without them; the checks refuse calls of unstable format."""
-    export = lambda platform: jax.export.export(jax.jit(f), platforms=[platform])(*args)
+    export = lambda platform: jax.export.export(jax.jit(f), platforms=[platform], **options)(*args)
     return {platform: export(platform).mlir_module() for platform in ("tpu", "cuda", "cpu")}
 
 
@@ -91,6 +92,19 @@ def test_encoder_finds_the_codes_and_values_of_the_reference():
         assert values.dtype == dtype and codes.dtype == jnp.uint16
         np.testing.assert_array_equal(codes, wanted_codes)
         np.testing.assert_array_equal(values, wanted)
+
+
+def test_the_encoder_of_a_gpu_finds_them_too():
+    from jax.experimental.pallas import mosaic_gpu
+    if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+        pytest.skip("Mosaic's interpreter for GPU kernels came with JAX 0.11")
+    x = 1.5 * _gaussian(7, 5, 40, dtype=jnp.bfloat16)  # 175 vectors: a block of 128, and a part of one
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+        values, codes = e8p.mosaic(x)
+    wanted, wanted_codes = jax.jit(e8p.reference)(x)
+    assert values.dtype == x.dtype and codes.dtype == jnp.uint16
+    np.testing.assert_array_equal(codes, wanted_codes)
+    np.testing.assert_array_equal(values, wanted)
 
 
 # ---- multiply
@@ -200,6 +214,22 @@ def test_the_two_orders_multiply_to_n_and_odd_sizes_have_none():
 
 def test_encoder_lowers_for_tpu_and_is_plain_jax_elsewhere():
     _assert_lowered(_modules(e8p.encode, jax.ShapeDtypeStruct((96, 64), jnp.float32)))
+
+
+def test_encoder_lowers_to_a_mosaic_kernel_where_the_gpu_takes_one(monkeypatch):
+    for capabilities, runs in ((["8.9"], False), (["9.0", "9.0"], True), (["12.0"], True), (["9.0", "8.0"], False)):
+        gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "devices", lambda gpus=gpus: gpus)
+            assert kernels._mosaic_runs() == runs
+    assert not kernels._mosaic_runs()  # here
+    monkeypatch.setattr(kernels, "_mosaic_runs", lambda: True)
+    unstable = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    for dtype, exact in ((jnp.bfloat16, False), (jnp.float32, False), (jnp.float64, True)):
+        modules = _modules(lambda x: jax.vmap(e8p.encode)(x), jax.ShapeDtypeStruct((3, 5, 16), dtype),
+                           disabled_checks=unstable)
+        found = {platform for platform, module in modules.items() if "mosaic_gpu_v2" in module}
+        assert found == (set() if exact else {"cuda"})
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,9 +1,10 @@
 """Pallas kernels, one a file, and the one place where a backend is picked.
 
 Each file has ``reference`` (plain JAX), ``pallas`` (the kernel, for a TPU or interpreted) and a public function
-that goes through ``dispatch``.  Which one runs is said by the environment variable ``CALDERA_KERNELS`` or by ``use``:
+that goes through ``dispatch``; ``e8p`` has ``mosaic``, for a GPU, as well.  Which one runs is said by the environment
+variable ``CALDERA_KERNELS`` or by ``use``:
 
-    auto    kernels on TPU, the reference elsewhere (the default)
+    auto    kernels where there are some, the reference elsewhere (the default)
     jax     the reference everywhere
     pallas  as auto, and on the CPU the kernel in interpret mode (slow: for tests)
 
@@ -11,19 +12,20 @@ A program holds a branch for each platform and takes one when it is lowered, so 
 and ``jax.export`` lowers it for a machine that is not there.  The mode is read when a function is traced: what ``jit``
 has traced already keeps its mode until ``jax.clear_caches()``.
 
-**A GPU runs the reference**, kernel by kernel:
+On a GPU, kernel by kernel (figures: one NVIDIA H200, JAX 0.11.2, ``experiments/results/accelerator_nvidia-h200.json``):
 
-    e8p.encode           one elementwise search a vector, for XLA to fuse into one GPU kernel
-    hadamard.transform   a few products with small matrices, for XLA to give to the matrix units
-    matmul.multiply      Q is decoded into dense tiles of at most 2^26 weights, each multiplied at once: in half
-                         precision 4.25 bytes a weight go through main memory where decoding on chip would read 0.25
+    e8p.encode           a kernel of Mosaic GPU, for compute capability 9 (Hopper) and later: 14 to 28 times as fast as
+                         the reference, of which XLA makes many kernels; block LDLQ of 4096 x 4096 is 14 times as fast
+    hadamard.transform   the reference: a few products with small matrices, for XLA to give to the matrix units
+    matmul.multiply      the reference: Q is decoded into dense tiles of at most 2^26 weights, each multiplied at once;
+                         1.2 to 9 times as long as the dense product
 
-Pallas has two ways to a GPU: Triton, which JAX 0.12 deprecates, and Mosaic GPU, for Hopper and later alone.  A GPU
-kernel enters when ``experiments/accelerator.py`` has measured one ahead of the reference; no GPU was at hand so far.
+Of Pallas' two ways to a GPU the other, Triton, is deprecated in JAX 0.12; older GPUs run the reference.
 
-Status: never run on an accelerator.  The tests compare the interpreted kernels with the references and lower them for
-TPU.  Once, by hand, they were also compiled to machine code, at sizes from 1 x 1 to 11008 x 4096, for TPU v5e, v5p and
-v6e (v4: not ``matmul`` for a single row, whose sums need a permutation it lacks).
+Status: everything ran on that H200; every code was the CPU's, every value that of float64 within rounding.  The TPU
+kernels were never run: the tests compare the interpreted ones with the references and lower them.  Once, by hand, they
+were also compiled to machine code, at sizes from 1 x 1 to 11008 x 4096, for TPU v5e, v5p and v6e (v4: not ``matmul``
+for a single row, whose sums need a permutation it lacks).
 """
 
 import os
@@ -64,19 +66,26 @@ def use(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def dispatch(reference: Callable, pallas: Callable, *args: Any) -> Any:
-    """reference(*args), or pallas(*args, interpret=...) where the mode and the platform say so.
+def dispatch(reference: Callable, pallas: Callable, *args: Any, gpu: Callable | None = None) -> Any:
+    """reference(*args), or pallas(*args, interpret=...) or gpu(*args) where the mode and the platform say so.
 
     Derivatives in both directions are those of the reference.  Cost: each branch is traced once for each shape.
     """
     if mode() == "jax":
         return reference(*args)
     branches = {"tpu": partial(pallas, interpret=False)}
+    if gpu is not None and _mosaic_runs():
+        branches["cuda"] = gpu
     if mode() == "pallas":
         branches["cpu"] = partial(pallas, interpret=True)
     call = jax.custom_jvp(lambda *args: lax.platform_dependent(*args, default=reference, **branches))
     call.defjvp(lambda primals, tangents: (call(*primals), jax.jvp(reference, primals, tangents)[1]))
     return call(*args)
+
+
+def _mosaic_runs() -> bool:
+    """Whether the devices here are GPUs that Mosaic compiles for: Hopper, of compute capability 9, and later."""
+    return all(float(getattr(device, "compute_capability", 0)) >= 9 for device in jax.devices())
 
 
 def compiler_params(megabytes: int = 32) -> Any:

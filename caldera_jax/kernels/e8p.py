@@ -1,6 +1,6 @@
 """E8P as Pallas kernels see it: the encoder, and the decoder that ``matmul`` calls on words it holds on chip.
 
-Nothing here was run on an accelerator; see the status in ``kernels``.
+What ran where is said in ``kernels``.
 """
 
 from functools import cache, partial
@@ -79,39 +79,79 @@ def encode(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch n"], UInt[
 
     The exact search of ``lattice.search``, held in registers from entries to code.
 
-    * Tiles: [8, 64, 128]: 8192 vectors, entries along the first axis.
-    * On chip: (8 + 8 + 1) x 4 bytes a vector, twice for the pipeline: 1.1 MB of vector memory, whatever m and n are.
+    * TPU tiles: [8, 64, 128], 8192 vectors, entries along the first axis.  On chip: (8 + 8 + 1) x 4 bytes a vector,
+      twice for the pipeline: 1.1 MB of vector memory, whatever m and n are.
+    * GPU: one thread a vector, blocks of 128 threads.  XLA makes some 200 kernels of the search, which pass it on
+      through main memory: see ``kernels``.
     * Main memory: 8.5 bytes a weight (4 in, 4 out, 1/2 for codes as int32), and up to twice as much again outside,
       where XLA puts entries first and codes into 16 bits.
     * Cost: about 110 operations a weight (``experiments/roofline.py`` counts them): arithmetic binds, not memory.
 
     float64 goes to the reference; half precision is searched in float32, as there.
     """
-    return dispatch(reference, pallas, x) if x.dtype.itemsize <= 4 and x.size else reference(x)
+    return dispatch(reference, pallas, x, gpu=mosaic) if x.dtype.itemsize <= 4 and x.size else reference(x)
 
 
 @partial(jax.jit, static_argnames="interpret")
 def pallas(x, interpret: bool = False):
-    """``encode`` by the kernel."""
-    entries = x.astype(jnp.float32).reshape(-1, 8).T
-    count, step, zero = entries.shape[1], ROWS * LANES, np.int32(0)
-    padded = -(-count // step) * step
-    entries = jnp.pad(entries, ((0, 0), (0, padded - count))).reshape(8, -1, LANES)
+    """``encode`` by the kernel for a TPU."""
+    zero = np.int32(0)
+    entries = _entries(x, ROWS * LANES).reshape(8, -1, LANES)
     vectors = pl.BlockSpec((8, ROWS, LANES), lambda i: (zero, i, zero))
     values, codes = pl.pallas_call(
-        _encode_kernel, grid=(padded // step,), in_specs=[vectors],
+        _encode_tile, grid=(entries.shape[1] // ROWS,), in_specs=[vectors],
         out_specs=(vectors, pl.BlockSpec((ROWS, LANES), lambda i: (i, zero))),
         out_shape=(jax.ShapeDtypeStruct(entries.shape, jnp.float32),
                    jax.ShapeDtypeStruct(entries.shape[1:], jnp.int32)),
         compiler_params=compiler_params(), interpret=interpret)(entries)
+    return _as_stored(values, codes, x)
+
+
+@jax.jit
+def mosaic(x):
+    """``encode`` by the kernel for a GPU."""
+    from jax.experimental.pallas import mosaic_gpu  # not in every build of jaxlib
+
+    entries = _entries(x, LANES)
+    run = mosaic_gpu.kernel(
+        _encode_block, grid=(entries.shape[1] // LANES,), grid_names=("block",),
+        out_type=(jax.ShapeDtypeStruct(entries.shape, jnp.float32),
+                  jax.ShapeDtypeStruct(entries.shape[1:], jnp.int32)),
+        # the other semantics search for layouts that are all alike here, for eight seconds
+        compiler_params=mosaic_gpu.CompilerParams(lowering_semantics=mosaic_gpu.LoweringSemantics.Lane))
+    return _as_stored(*run(entries), x)
+
+
+def _entries(x, step):
+    """[8, vectors], float32: the vectors padded to whole steps."""
+    entries = x.astype(jnp.float32).reshape(-1, 8).T
+    return jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % step)))
+
+
+def _as_stored(values, codes, x):
+    """What a kernel gives, in the shapes and types that ``encode`` returns for x."""
+    count = x.size // 8
     values = values.reshape(8, -1)[:, :count].T.reshape(x.shape).astype(x.dtype)
     return values, codes.reshape(-1)[:count].astype(jnp.uint16).reshape(*x.shape[:-1], x.shape[-1] // 8)
 
 
-def _encode_kernel(x, values, codes):
-    found = lattice.search([x[i] for i in range(8)])
+def _encode_tile(x, values, codes):
+    found, codes[...] = _nearest([x[i] for i in range(8)])
+    for i, value in enumerate(found):
+        values[i] = value
+
+
+def _encode_block(x, values, codes):
+    at = pl.ds(lax.axis_index("block") * LANES, LANES)
+    found, codes[at] = _nearest([x[i, at] for i in range(8)])
+    for i, value in enumerate(found):
+        values[i, at] = value
+
+
+def _nearest(v):
+    """The entries of the nearest codewords, and their codes (int32), from arrays of entries."""
+    found = lattice.search(v)
     shift = 0.25 - 0.5 * (found >> 24).astype(jnp.float32)
-    for i in range(8):
-        magnitude = (1 + 2 * (found >> i & 1) + 4 * (found >> 8 + i & 1)).astype(jnp.float32) / 2
-        values[i] = jnp.where(found >> 16 + i & 1 == 1, -magnitude, magnitude) + shift
-    codes[...] = lattice.code_of(found)
+    magnitudes = [(1 + 2 * (found >> i & 1) + 4 * (found >> 8 + i & 1)).astype(jnp.float32) / 2 for i in range(8)]
+    values = [jnp.where(found >> 16 + i & 1 == 1, -a, a) + shift for i, a in enumerate(magnitudes)]
+    return values, lattice.code_of(found)

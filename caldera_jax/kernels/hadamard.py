@@ -11,7 +11,7 @@ entries of A and C are ±1, exact in every dtype; 1 / sqrt(c) and 1 / sqrt(a) mu
 * Cost: n (R + c) multiply-adds a vector, in matrix units; half precision is rounded once between the two products.
 * Falls back on the reference: cosine sizes (no Hadamard matrix known here), n > 65536 or c > 256, float64.
 
-Nothing here was run on an accelerator; see the status in ``kernels``.
+What ran where is said in ``kernels``.
 """
 
 from functools import cache, partial

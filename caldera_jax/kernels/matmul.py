@@ -20,7 +20,7 @@ flops of the product.  By ``experiments/roofline.py`` (computed, not measured) d
 speed bound on a TPU v5e is 1.8 times the dense float16 one at 2 bits and 0.9 times at 4; for b = 512 there is nothing
 to gain.
 
-Nothing here was run on an accelerator; see the status in ``kernels``.
+What ran where is said in ``kernels``.
 """
 
 from collections.abc import Callable, Sequence
