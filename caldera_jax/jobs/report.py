@@ -75,7 +75,7 @@ class Clock:
         self.compiling: dict[int, float] = {}  # seconds by thread
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, seconds: float | int, **_: Any) -> None:
         if event.endswith(("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")):
             thread = threading.get_ident()
             self.compiling[thread] = self.compiling.get(thread, 0.0) + seconds
