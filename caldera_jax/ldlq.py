@@ -1,7 +1,7 @@
 """Quantization with linear feedback: block LDLQ (QuIP#, arXiv 2402.04396), and coordinate descent after it.
 
 ``quantize(target, start)`` rounds a slab of columns [m, block] that begins at column ``start``, and returns its values
-and its codes; it may be any function.  All widths here are multiples of ``block``: ``ldlq`` pads.
+and its codes (or any arrays); it may be any function.  All widths here are multiples of ``block``: ``ldlq`` pads.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Key, UInt
+from jaxtyping import Float, Key, PyTree, UInt
 
 from caldera_jax.codebooks import Codebook, Quantized, fit_scale, pad_columns, spread
 from caldera_jax.hessian import HessianFactors, inverses
 
-Quantizer = Callable[[Array, Array], tuple[Array, Array]]
+Quantizer = Callable[[Array, Array], tuple[Array, PyTree[Array]]]
 
 
 def block_ldlq(w: Float[Array, "m n"], lower: Float[Array, "n n"], quantize: Quantizer,
@@ -37,8 +37,10 @@ def block_ldlq(w: Float[Array, "m n"], lower: Float[Array, "n n"], quantize: Qua
 
 
 def sweep(w: Float[Array, "m n"], q: Float[Array, "m n"], feedback: Float[Array, "n n"], quantize: Quantizer,
-          block: int, slab: int, triangular: bool = False) -> tuple[Float[Array, "m n"], UInt[Array, "m codes"]]:
+          block: int, slab: int, triangular: bool = False) -> tuple[Float[Array, "m n"], PyTree[Array]]:
     """One pass over the columns, last to first: Q_j ← quantize(W_j + (W − Q) feedback_j), in two levels.
+
+    Also what ``quantize`` gave beside the values, an array or a tree of them, stacked: one for each block of columns.
 
     All columns enter a slab's feedback by large products; inside the slab only the slab's own changes follow.
     From q = w with ``feedback = lower`` and ``triangular`` this is ``block_ldlq``, half the work of the full square;
@@ -68,10 +70,10 @@ def sweep(w: Float[Array, "m n"], q: Float[Array, "m n"], feedback: Float[Array,
 
         new, codes = lax.scan(inner, old, jnp.arange(slab - block, -1, -block))
         put = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, first, axis=1)
-        return (put(q, new), put(e, w_slab - new)), codes[::-1]
+        return (put(q, new), put(e, w_slab - new)), codes
 
     (q, _), codes = lax.scan(outer, (q, w - q), jnp.arange(n - slab, -1, -slab))
-    return q, jnp.moveaxis(codes[::-1].reshape(n // block, m, -1), 0, 1).reshape(m, -1)
+    return q, jax.tree.map(lambda a: a.reshape(n // block, *a.shape[2:])[::-1], codes)
 
 
 def _chunk(n, slab):
@@ -125,6 +127,7 @@ def ldlq(w: Float[Array, "m n"], codebook: Codebook, factors: HessianFactors, re
         feedback = descent_feedback(_pad_square(h, width, 1.0), block)
         q, codes = lax.fori_loop(0, refine_passes, lambda _, state: sweep(w, state[0], feedback, quantize, block, slab),
                                  (q, codes))
+    codes = jnp.moveaxis(codes, 0, 1).reshape(m, -1)
     return Quantized(q[:, :n], codes[:, :-(-n // block)], scale)
 
 

@@ -1,0 +1,198 @@
+"""Probabilities of trellis-coded integers, and range coding of them: rANS (Duda, arXiv 1311.2540).
+
+An integer is drawn from a Gaussian of standard deviation 2^(width / 8) steps, and is worth the cell around it among
+the integers that its state allows, spacing k + parity.  Widths are small integers, the sum of one for the row and one
+for the column, so that all tables are made once and no layer stores one.
+
+Integers lie in lanes of at most 64 x 64, whole sequences of the trellis one after the other.  A lane is a stream of its
+own, of 16-bit words beside a state of 32 bits, and all lanes are coded side by side.
+"""
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Int, Int32, UInt16, UInt32
+from scipy.special import ndtr
+
+from caldera_jax.trellis import SEQUENCE, trellis
+
+PRECISION = 12  # bits of a frequency: those of a row sum to 4096
+WIDTHS = (-24, 44)  # standard deviations of 1/8 to 45 steps
+DEAD = -64  # the class of a row or column that is all zeros: it is not coded, and the trellis passes it over
+OUTLIER = 64  # bits of an integer that the tables do not hold, place and value
+COLUMNS = 64  # of a lane
+START = np.uint32(1 << 16)
+
+
+class Tables(NamedTuple):
+    """Rows are widths, by parity; symbol s is the integer spacing (s - reach) + parity."""
+
+    frequency: np.ndarray  # int32 [widths, parities, symbols]
+    below: np.ndarray  # sums of the frequencies before
+    bits: np.ndarray  # float64; of what has no frequency, those of an outlier
+
+    @property
+    def reach(self) -> int:
+        return self.frequency.shape[2] // 2
+
+
+class Stream(NamedTuple):
+    """Integers as they are stored; ``places`` and ``values`` are of the outliers, in row-major order."""
+
+    words: UInt16[np.ndarray, " words"]
+    lengths: UInt16[np.ndarray, " lanes"]
+    states: UInt32[np.ndarray, " lanes"]
+    places: UInt32[np.ndarray, " outliers"]
+    values: Int32[np.ndarray, " outliers"]
+
+    @property
+    def stored_bits(self) -> int:
+        """All of it."""
+        return 8 * sum(a.nbytes for a in self)
+
+
+@cache
+def tables(spacing: int) -> Tables:
+    """For the integers of one parity (spacing 2), or for all (1).
+
+    Computed in float64 and rounded; no frequency is so near to where it would be another that a processor's last bits
+    could matter (tested), as writer and reader must have the same ones.
+    """
+    reach = 127  # symbols fit in 8 bits
+    width, parity, k = np.meshgrid(range(WIDTHS[0], WIDTHS[1] + 1), range(spacing), range(-reach, reach + 1),
+                                   indexing="ij")
+    q, sigma = spacing * k + parity, 2.0 ** (width / 8)
+    p = ndtr((spacing / 2 - abs(q)) / sigma) - ndtr((-spacing / 2 - abs(q)) / sigma)  # the tail is exact on this side
+    kept = (p > 2.0 ** -PRECISION / 2) | (abs(q) <= 2)  # what stands for outliers has one
+    kept &= abs(k) < reach
+    rows = zip(p.reshape(-1, p.shape[2]), kept.reshape(-1, p.shape[2]), strict=True)
+    frequency = np.array([_rounded(*row) for row in rows], np.int32).reshape(p.shape)
+    bits = PRECISION - np.log2(np.maximum(frequency, 1))
+    return Tables(frequency, np.cumsum(frequency, axis=2, dtype=np.int32) - frequency,
+                  np.where(frequency > 0, bits, PRECISION + OUTLIER))
+
+
+def _rounded(p, kept):
+    """Frequencies near p, at least one where ``kept``, else none."""
+    left = (1 << PRECISION) - kept.sum()
+    share = np.where(kept, p, 0) * left / p[kept].sum()
+    whole = np.floor(share).astype(int)
+    whole[np.argsort(whole - share, kind="stable")[:left - whole.sum()]] += 1
+    return whole + kept
+
+
+def stand_in(q, spacing: int):
+    """The integer of the same class, -2 to 1, coded in the place of an outlier: the trellis goes the same way."""
+    return (q + 2 & 3) - 2 if spacing == 2 else 0 * q
+
+
+def encode(integers: Int[np.ndarray, "m n"], row: Int[np.ndarray, " m"], column: Int[np.ndarray, " n"],
+           states: int) -> Stream:
+    """The integers as a stream; ``row`` and ``column`` are the classes whose sums are the widths."""
+    spacing = trellis(states).spacing
+    table, q = tables(spacing), np.asarray(integers, np.int32)
+    absent = (row[:, None] <= DEAD) | (column <= DEAD)
+    if q[absent].any():
+        raise ValueError(f"a row or column of class {DEAD} must be all zeros")
+    width = np.clip(row[:, None] + column, *WIDTHS) - WIDTHS[0]
+    parity = q & spacing - 1
+    symbol = np.clip((q - parity) // spacing, -table.reach, table.reach) + table.reach
+    out = (table.frequency[width, parity, symbol] == 0) & ~absent
+    symbol = np.where(out, (stand_in(q, spacing) - parity) // spacing + table.reach, symbol)
+    frequency, below = (_lanes(np.where(absent, nothing, a[width, parity, symbol]), nothing).astype(np.uint32)
+                        for a, nothing in ((table.frequency, 1 << PRECISION), (table.below, 0)))
+    ends, full, words = jax.device_get(_push(frequency, below))
+    places = np.flatnonzero(out)
+    return Stream(words.T[full.T], full.sum(0).astype(np.uint16), ends, places.astype(np.uint32),
+                  q.ravel()[places])
+
+
+def decode(stream: Stream, row: Int[np.ndarray, " m"], column: Int[np.ndarray, " n"],
+           states: int) -> Int32[np.ndarray, "m n"]:
+    """What ``encode`` was given.  ValueError where a stream does not end as it began: damaged, or of other classes."""
+    m, n = len(row), len(column)
+    shape = -(-m // SEQUENCE), -(-n // COLUMNS)
+    of_row = np.pad(row, (0, -m % SEQUENCE), constant_values=ABSENT).reshape(-1, SEQUENCE)
+    of_column = np.pad(column, (0, -n % COLUMNS), constant_values=ABSENT).reshape(-1, COLUMNS)
+    of_row, of_column = (np.ascontiguousarray(a.T, np.int32)
+                         for a in (np.repeat(of_row, shape[1], axis=0), np.tile(of_column, (shape[0], 1))))
+    first = np.cumsum(stream.lengths, dtype=np.int32) - stream.lengths
+    words = np.append(stream.words, np.uint16(0))
+    q, ends, read = jax.device_get(_pull(words, first, stream.states, of_row, of_column, states))
+    if (ends != START).any() or (read - first != stream.lengths).any():
+        raise ValueError("a stream of coded integers is damaged, or is read with other scales than it was written with")
+    q = q.reshape(COLUMNS, SEQUENCE, *shape).transpose(2, 1, 3, 0).reshape(SEQUENCE * shape[0], -1)
+    q = q[:m, :n].astype(np.int32, order="C")
+    q.reshape(-1)[stream.places] = stream.values
+    return q
+
+
+ABSENT = -(1 << 20)  # the class of a row or column that pads a lane
+
+
+def _lanes(a, fill):
+    """[4096, lanes] of a matrix [m, n]: 64 columns of 64 rows, one after the other."""
+    m, n = a.shape
+    a = np.pad(a, ((0, -m % SEQUENCE), (0, -n % COLUMNS)), constant_values=fill)
+    a = a.reshape(-1, SEQUENCE, a.shape[1] // COLUMNS, COLUMNS).transpose(3, 1, 0, 2)
+    return a.reshape(COLUMNS * SEQUENCE, -1)
+
+
+@jax.jit
+def _push(frequency: UInt32[Array, "t lanes"], below: UInt32[Array, "t lanes"]):
+    """States at the end, and for each symbol whether a word went out, and which."""
+    def step(x, symbol):
+        f, b = symbol
+        full, word = x >> 20 >= f, x.astype(jnp.uint16)
+        x = jnp.where(full, x >> 16, x)
+        return (x // f << PRECISION) + x % f + b, (full, word)
+
+    start = jnp.full(frequency.shape[1], START)
+    x, (full, words) = lax.scan(step, start, (frequency, below), reverse=True)
+    return x, full, words
+
+
+@cache
+def _slots(spacing: int) -> np.ndarray:
+    """uint32, for each width, parity and slot: the symbol (8 bits), its frequency less one (12), the slot's place in it
+    (12).  The last 4096 are of what is not there: the integer 0, free of charge."""
+    table = tables(spacing)
+    rows = []
+    for frequency, below in zip(table.frequency.reshape(-1, table.frequency.shape[2]),
+                                table.below.reshape(-1, table.below.shape[2]), strict=True):
+        symbol = np.repeat(np.arange(len(frequency)), frequency)
+        rows.append(symbol << 24 | frequency[symbol] - 1 << 12 | np.arange(len(symbol)) - below[symbol])
+    rows.append(table.reach << 24 | (1 << PRECISION) - 1 << 12 | np.arange(1 << PRECISION))
+    return np.concatenate(rows).astype(np.uint32)
+
+
+@partial(jax.jit, static_argnames="trellis_states")
+def _pull(words, read, states, of_row, of_column, trellis_states):
+    code = trellis(trellis_states)
+    spacing, reach = code.spacing, tables(code.spacing).reach
+    slots, after = jnp.asarray(_slots(spacing)), jnp.asarray(code.after.ravel())
+    parity_of, nothing = jnp.asarray(code.parity), jnp.int32(len(_slots(spacing)) >> PRECISION) - 1
+
+    def column(carry, of_column):
+        def place(carry, of_row):
+            x, read, state = carry
+            width, parity = of_row + of_column, parity_of[state]
+            gone = (of_row <= DEAD) | (of_column <= DEAD)
+            table = jnp.where(gone, nothing, (jnp.clip(width, *WIDTHS) - WIDTHS[0]) * spacing + parity)
+            found = slots[(table << PRECISION) + (x & (1 << PRECISION) - 1).astype(jnp.int32)]
+            x = ((found >> 12 & 4095) + 1) * (x >> PRECISION) + (found & 4095)
+            empty = x < START
+            x = jnp.where(empty, x << 16 | words[read].astype(jnp.uint32), x)
+            q = spacing * ((found >> 24).astype(jnp.int32) - reach) + jnp.where(gone, 0, parity)
+            state = jnp.where(gone, state, after[2 * state + (q >> 1 & 1)])
+            return (x, read + empty.astype(jnp.int32), state), q.astype(jnp.int16)
+
+        carry, q = lax.scan(place, (*carry, jnp.zeros_like(carry[1])), of_row)
+        return carry[:2], q
+
+    (x, read), q = lax.scan(column, (states, read), of_column)
+    return q.reshape(-1, q.shape[2]), x, read

@@ -1,0 +1,126 @@
+"""Range coding: exact, as small as the probabilities say, and damage is noticed."""
+
+import numpy as np
+import pytest
+
+from caldera_jax import entropy
+from caldera_jax.trellis import trellis
+
+SHAPES = [(1, 1), (43, 21), (64, 64), (130, 201)]
+
+
+def drawn(m, n, states, seed=0, wide=0.0):
+    """Classes of rows and columns, and integers of those widths that the trellis allows."""
+    rng, code = np.random.default_rng(seed), trellis(states)
+    row, column = (np.round(8 * (wide + rng.uniform(-1, 1, size))).astype(int) for size in (m, n))
+    y = 2.0 ** ((row[:, None] + column) / 8) * rng.standard_normal((m, n))
+    q, state = np.zeros((m, n), np.int32), np.zeros(n, int)
+    for i in range(m):
+        state = np.where(i % 64 == 0, 0, state)
+        parity = code.parity[state]
+        q[i] = code.spacing * np.round((y[i] - parity) / code.spacing) + parity
+        state = code.after[state, q[i] >> 1 & 1]
+    return row, column, q
+
+
+def predicted(q, row, column, states):
+    """Bits of the tables."""
+    spacing = trellis(states).spacing
+    table, parity = entropy.tables(spacing), q & spacing - 1
+    width = np.clip(row[:, None] + column, *entropy.WIDTHS) - entropy.WIDTHS[0]
+    symbol = np.clip((q - parity) // spacing, -table.reach, table.reach) + table.reach
+    return table.bits[width, parity, symbol].sum()
+
+
+@pytest.mark.parametrize("states", [1, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_decoded_is_what_was_encoded(shape, states):
+    row, column, q = drawn(*shape, states)
+    stream = entropy.encode(q, row, column, states)
+    np.testing.assert_array_equal(entropy.decode(stream, row, column, states), q)
+    assert [a.dtype for a in stream] == [np.uint16, np.uint16, np.uint32, np.uint32, np.int32]
+
+
+@pytest.mark.parametrize("states", [1, 8])
+def test_outliers_and_widths_beyond_the_tables_come_back_too(states):
+    row, column, q = drawn(70, 80, states)
+    row[3], row[5], column[7] = -60, 300, 127
+    q[2, 3] += 40_000
+    q[-1, -1] -= 4 * 10**8
+    stream = entropy.encode(q, row, column, states)
+    assert len(stream.places) >= 2
+    np.testing.assert_array_equal(entropy.decode(stream, row, column, states), q)
+
+
+@pytest.mark.parametrize("states", [1, 8])
+@pytest.mark.parametrize("wide", [-1.0, 0.5, 2.0])
+def test_a_stream_is_as_small_as_its_probabilities_say(states, wide):
+    row, column, q = drawn(512, 640, states, wide=wide)
+    stream, bits = entropy.encode(q, row, column, states), predicted(q, row, column, states)
+    lanes = len(stream.states)
+    assert lanes == 8 * 10 and 0.999 * bits < stream.stored_bits < 1.002 * bits + 48 * lanes
+
+
+def test_what_pads_a_lane_is_free():
+    row, column, q = drawn(65, 65, 8)
+    stream = entropy.encode(q, row, column, 8)
+    assert len(stream.states) == 4 and stream.stored_bits < 1.01 * predicted(q, row, column, 8) + 4 * 64
+
+
+def test_dead_rows_and_columns_are_free_and_must_be_zeros():
+    row, column, q = drawn(70, 80, 8)
+    whole = np.zeros((90, 84), np.int32)
+    long_row, long_column = np.full(90, entropy.DEAD), np.full(84, entropy.DEAD)
+    long_row[:64], long_column[:80], whole[:64, :80] = row[:64], column, q[:64]
+    stream = entropy.encode(whole, long_row, long_column, 8)
+    np.testing.assert_array_equal(entropy.decode(stream, long_row, long_column, 8), whole)
+    assert stream.stored_bits < entropy.encode(q[:64], row[:64], column, 8).stored_bits + 2 * 48 + 32
+    with pytest.raises(ValueError, match="class -64 must be all zeros"):
+        entropy.encode(whole + 1, long_row, long_column, 8)
+
+
+def test_zeros_of_no_width_cost_nearly_nothing():
+    row, column = np.full(640, -40), np.full(640, -40)
+    stream = entropy.encode(np.zeros((640, 640), np.int32), row, column, 8)
+    assert stream.stored_bits / 640**2 < 0.02
+
+
+def test_a_damaged_stream_is_noticed():
+    row, column, q = drawn(100, 100, 8)
+    stream = entropy.encode(q, row, column, 8)
+    for at in (0, len(stream.words) // 2, len(stream.words) - 1):
+        words = stream.words.copy()
+        words[at] ^= 1
+        with pytest.raises(ValueError, match="damaged"):
+            entropy.decode(stream._replace(words=words), row, column, 8)
+    with pytest.raises(ValueError, match="other scales"):
+        entropy.decode(stream, row + 8, column, 8)
+    with pytest.raises(ValueError, match="damaged"):
+        entropy.decode(stream._replace(words=stream.words[:-1]), row, column, 8)
+
+
+@pytest.mark.parametrize("spacing", [1, 2])
+def test_frequencies_sum_to_one_hold_every_stand_in_and_do_not_hang_on_last_bits(spacing, monkeypatch):
+    table = entropy.tables(spacing)
+    assert (table.frequency.sum(2) == 1 << entropy.PRECISION).all() and table.frequency.shape[2] <= 256
+    stand_ins = entropy.stand_in(np.arange(-9, 9), spacing)
+    assert set(stand_ins) == ({-2, -1, 0, 1} if spacing == 2 else {0})
+    for q in stand_ins:
+        assert (table.frequency[:, q & spacing - 1, (q - (q & spacing - 1)) // spacing + table.reach] > 0).all()
+    exact = entropy.ndtr
+    monkeypatch.setattr(entropy, "ndtr", lambda x: exact(x) * (1 + 4e-15 * np.cos(1e3 * x)))
+    np.testing.assert_array_equal(entropy.tables.__wrapped__(spacing).frequency, table.frequency)
+
+
+@pytest.mark.parametrize("spacing", [1, 2])
+def test_bits_grow_with_the_integer_and_lose_little_on_a_gaussian(spacing):
+    table = entropy.tables(spacing)
+    for width in range(-16, 33, 8):
+        p = table.frequency[width - entropy.WIDTHS[0]] / (1 << entropy.PRECISION)
+        assert (np.diff(table.bits[width - entropy.WIDTHS[0], 0, table.reach:]) >= 0).all()
+        sigma = 2.0 ** (width / 8)
+        q = spacing * np.arange(-table.reach, table.reach + 1)
+        exact = np.diff(entropy.ndtr(np.append(q - spacing / 2, q[-1] + spacing / 2) / sigma))
+        held = p[0] > 0
+        loss = np.sum(exact[held] * np.log2(exact[held] / p[0, held]))
+        assert loss < 0.03 and exact[~held].sum() < 2e-3
