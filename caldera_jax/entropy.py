@@ -8,6 +8,7 @@ Integers lie in lanes of at most 64 x 64, whole sequences of the trellis one aft
 own, of 16-bit words beside a state of 32 bits, and all lanes are coded side by side.
 """
 
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Int, Int32, UInt16, UInt32
+from jaxtyping import Int, Int8, Int16, Int32, UInt16, UInt32
 from scipy.special import ndtr
 
 from caldera_jax.trellis import SEQUENCE, trellis
@@ -129,6 +130,48 @@ def decode(stream: Stream, row: Int[np.ndarray, " m"], column: Int[np.ndarray, "
     q = q[:m, :n].astype(np.int32, order="C")
     q.reshape(-1)[stream.places] = stream.values
     return q
+
+
+class Classes(NamedTuple):
+    """Arrays of small integers as they are stored: coded about a middle, with the width that suits each."""
+
+    stream: Stream
+    middles: Int16[np.ndarray, " arrays"]
+    widths: Int8[np.ndarray, " arrays"]
+
+    @property
+    def stored_bits(self) -> int:
+        """All of it."""
+        return self.stream.stored_bits + 8 * (self.middles.nbytes + self.widths.nbytes)
+
+
+def encode_classes(arrays: Sequence[Int[np.ndarray, " _"]]) -> Classes:
+    """Small integers: classes of scales and widths, those of a layer together."""
+    middles = np.array([np.median(a) for a in arrays]).round().astype(np.int16)
+    apart = [_folded(a - middle) for a, middle in zip(arrays, middles, strict=True)]
+    widths = np.array([_best_width(a) for a in apart], np.int8)
+    columns = np.repeat(widths.astype(np.int32), [a.shape[1] for a in apart])
+    return Classes(encode(np.hstack(apart), np.zeros(SEQUENCE, np.int32), columns, 1), middles, widths)
+
+
+def decode_classes(found: Classes, sizes: Sequence[int]) -> list[Int32[np.ndarray, " _"]]:
+    """The arrays, of these sizes.  ValueError where they are damaged."""
+    columns = [-(-size // SEQUENCE) for size in sizes]
+    widths = np.repeat(found.widths.astype(np.int32), columns)
+    apart = np.split(decode(found.stream, np.zeros(SEQUENCE, np.int32), widths, 1), np.cumsum(columns)[:-1], axis=1)
+    return [a.T.ravel()[:size] + middle for a, size, middle in zip(apart, sizes, found.middles, strict=True)]
+
+
+def _folded(a):
+    """[64, columns] of a list, with zeros at its end."""
+    return np.pad(a, (0, -len(a) % SEQUENCE)).reshape(-1, SEQUENCE).T
+
+
+def _best_width(a):
+    """That of the fewest bits."""
+    table = tables(1)
+    symbol = np.clip(a.ravel(), -table.reach, table.reach) + table.reach
+    return WIDTHS[0] + int(np.argmin(table.bits[:, 0, symbol].sum(1)))
 
 
 ABSENT = -(1 << 20)  # the class of a row or column that pads a lane

@@ -14,6 +14,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
@@ -44,6 +45,33 @@ class Levelled(NamedTuple):
         return a[:, None] * self.integers.astype(dtype) * b[None]
 
 
+class Coded(NamedTuple):
+    """A ``Levelled`` as it is stored; the sides are its row, spread, column and width."""
+
+    level: Float[np.ndarray, ""]
+    integers: entropy.Stream
+    sides: entropy.Classes
+
+    @property
+    def stored_bits(self) -> int:
+        """Every bit that must be kept."""
+        return 8 * self.level.nbytes + self.integers.stored_bits + self.sides.stored_bits
+
+
+def code(found: Levelled, states: int = 8) -> Coded:
+    """As it is stored.  Host function."""
+    found = Levelled(*map(np.asarray, found))
+    return Coded(found.level, entropy.encode(found.integers, found.spread, found.width, states),
+                 entropy.encode_classes([found.row, found.spread, found.column, found.width]))
+
+
+def decode(stored: Coded, shape: tuple[int, int], states: int = 8) -> Levelled:
+    """The same again, to the bit.  Host function.  ValueError where a stream is damaged."""
+    m, n = shape
+    row, spread, column, width = entropy.decode_classes(stored.sides, (m, m, n, n))
+    return Levelled(stored.level, entropy.decode(stored.integers, spread, width, states), row, column, spread, width)
+
+
 def octave(x: Float[Array, "*shape"], least: int = -320, most: int = 320) -> Int[Array, "*shape"]:
     """The nearest eighth of an octave: round(8 log2 x), within bounds."""
     return jnp.clip(jnp.round(8 * jnp.log2(x)), least, most).astype(jnp.int32)
@@ -70,7 +98,8 @@ def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " 
     d, c = jnp.diagonal(factors.root)[:n] ** 2, jnp.asarray(c, w.dtype)
     row, column = octave(1 / jnp.sqrt(g)), octave(1 / jnp.sqrt(d))
     w, b = w / (c * power(row, w.dtype))[:, None], power(column, w.dtype)
-    spread = deviation(w / b[None], axis=1)
+    spread = deviation(w / b[None], 1, n)
+    live = jnp.maximum(jnp.sum(spread > entropy.DEAD), 1).astype(w.dtype)
     across, length = -(-m // SEQUENCE), min(m, SEQUENCE)
     fold = lambda a, fill=0: jnp.pad(a, (0, across * length - m), constant_values=fill).reshape(across, length).T
     dead = fold(spread <= entropy.DEAD, True)
@@ -82,7 +111,7 @@ def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " 
     def rounded(target, start):
         step = lax.dynamic_index_in_dim(steps, start, keepdims=False)
         y = target[:, 0] / step
-        wide = deviation(y / power(spread, y.dtype), axis=0)
+        wide = deviation(y / power(spread, y.dtype), 0, live)
         q = search(fold(y), fold(spread) + wide, lam, states, dead | (wide <= entropy.DEAD)).T.reshape(-1)[:m]
         return (q.astype(w.dtype) * step)[:, None], (q, wide)
 
@@ -91,16 +120,14 @@ def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " 
     return Levelled(c, integers[:n].T, row, column, spread, wide[:n])
 
 
-def deviation(y: Float[Array, "*shape"], axis: int) -> Int[Array, "*rest"]:
-    """The class of the root mean square, what exceeds four of it cut to four: an outlier does not widen it.
-
-    ``entropy.DEAD`` where all is zero, and only there.
+def deviation(y: Float[Array, "*shape"], axis: int, count: ArrayLike) -> Int[Array, "*rest"]:
+    """The class of the root mean square of ``count`` numbers, the others being zeros; what exceeds four of it is cut to
+    four, so that an outlier does not widen it.  ``entropy.DEAD`` where all are zero, and only there.
     """
-    square = jnp.square(y)
-    least = jnp.finfo(y.dtype).tiny
-    mean = jnp.mean(square, axis=axis, keepdims=True) + least
+    square, least = jnp.square(y), jnp.finfo(y.dtype).tiny
+    mean = jnp.sum(square, axis=axis, keepdims=True) / count + least
     for _ in range(8):
-        mean = jnp.mean(jnp.minimum(square, 16 * mean), axis=axis, keepdims=True) + least
+        mean = jnp.sum(jnp.minimum(square, 16 * mean), axis=axis, keepdims=True) / count + least
     found = octave(jnp.sqrt(jnp.squeeze(mean, axis)), entropy.DEAD + 1, 127)
     return jnp.where(jnp.any(y != 0, axis=axis), found, entropy.DEAD)
 
@@ -112,8 +139,8 @@ def search(y: Float[Array, "t lanes"], width: Int[Array, "t lanes"], bit_price: 
     In a class the least is one of three: the two on either side of where the bits of a Gaussian put the least, and the
     nearest.  Where one is absent it is 0.  (Bits grow ever faster with |q| until they are those of an outlier.)
     """
-    code = trellis(states)
-    spacing, table = code.spacing, entropy.tables(code.spacing)
+    graph = trellis(states)
+    spacing, table = graph.spacing, entropy.tables(graph.spacing)
     y, width = y[:, None], (jnp.clip(width.astype(jnp.int32), *entropy.WIDTHS) - entropy.WIDTHS[0])[:, None]
     classes = jnp.arange(4 if spacing == 2 else 1, dtype=jnp.int32)[None, :, None]
     period, parity = classes.size, classes & spacing - 1
@@ -127,5 +154,5 @@ def search(y: Float[Array, "t lanes"], width: Int[Array, "t lanes"], bit_price: 
     cost = (y[None] - choices.astype(y.dtype)) ** 2 + bit_price * bits
     best = jnp.argmin(cost, axis=0, keepdims=True)
     least, q = (jnp.take_along_axis(a, best, axis=0)[0] for a in (cost, choices))
-    chosen = jnp.take_along_axis(q, viterbi(least, code, absent)[:, None], axis=1)[:, 0]
+    chosen = jnp.take_along_axis(q, viterbi(least, graph, absent)[:, None], axis=1)[:, 0]
     return jnp.where(absent, 0, chosen)

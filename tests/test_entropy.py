@@ -99,6 +99,23 @@ def test_a_damaged_stream_is_noticed():
         entropy.decode(stream._replace(words=stream.words[:-1]), row, column, 8)
 
 
+def test_classes_come_back_and_take_about_their_entropy():
+    rng = np.random.default_rng(0)
+    arrays = [np.round(size * rng.standard_normal(n)).astype(np.int32) + middle
+              for size, n, middle in ((5, 576, 70), (1.3, 576, -31), (9, 1537, 4), (0.05, 1, -200))]
+    arrays[1][[3, 7]] = entropy.DEAD, 9000
+    found = entropy.encode_classes(arrays)
+    for ours, theirs in zip(arrays, entropy.decode_classes(found, [len(a) for a in arrays]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    gaussian = sum(len(a) * np.log2(size * np.sqrt(2 * np.pi * np.e))
+                   for a, size in zip(arrays, (5, 1.3, 9), strict=False))
+    assert found.stored_bits < 1.03 * gaussian + 600
+    words = found.stream.words.copy()
+    words[9] ^= 4
+    with pytest.raises(ValueError, match="damaged"):
+        entropy.decode_classes(found._replace(stream=found.stream._replace(words=words)), [len(a) for a in arrays])
+
+
 @pytest.mark.parametrize("spacing", [1, 2])
 def test_frequencies_sum_to_one_hold_every_stand_in_and_do_not_hang_on_last_bits(spacing, monkeypatch):
     table = entropy.tables(spacing)
