@@ -39,7 +39,8 @@ def free_distance(code):
     return None
 
 
-def test_free_distances_are_those_that_ungerboeck_lists():
+def test_free_distances_grow_with_the_states_as_those_of_ungerboecks_codes():
+    """Squared, in units of the spacing of all integers; two members of one class are 16 apart."""
     assert [free_distance(trellis(s)) for s in CODED] == [9, 10, 11, 13, 14, 16, 17]
 
 
