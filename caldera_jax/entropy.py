@@ -38,7 +38,12 @@ class Tables(NamedTuple):
 
     @property
     def reach(self) -> int:
+        """The largest |k|; it has no frequency, and stands for all beyond."""
         return self.frequency.shape[2] // 2
+
+    def symbol(self, q):
+        """The symbols of integers, NumPy's or JAX's."""
+        return (q >> self.frequency.shape[1] - 1).clip(-self.reach, self.reach) + self.reach
 
 
 class Stream(NamedTuple):
@@ -101,9 +106,9 @@ def encode(integers: Int[np.ndarray, "m n"], row: Int[np.ndarray, " m"], column:
         raise ValueError(f"a row or column of class {DEAD} must be all zeros")
     width = np.clip(row[:, None] + column, *WIDTHS) - WIDTHS[0]
     parity = q & spacing - 1
-    symbol = np.clip((q - parity) // spacing, -table.reach, table.reach) + table.reach
+    symbol = table.symbol(q)
     out = (table.frequency[width, parity, symbol] == 0) & ~absent
-    symbol = np.where(out, (stand_in(q, spacing) - parity) // spacing + table.reach, symbol)
+    symbol = np.where(out, table.symbol(stand_in(q, spacing)), symbol)
     frequency, below = (_lanes(np.where(absent, nothing, a[width, parity, symbol]), nothing).astype(np.uint32)
                         for a, nothing in ((table.frequency, 1 << PRECISION), (table.below, 0)))
     ends, full, words = jax.device_get(_push(frequency, below))
@@ -117,14 +122,14 @@ def decode(stream: Stream, row: Int[np.ndarray, " m"], column: Int[np.ndarray, "
     """What ``encode`` was given.  ValueError where a stream does not end as it began: damaged, or of other classes."""
     m, n = len(row), len(column)
     shape = -(-m // SEQUENCE), -(-n // COLUMNS)
-    of_row = np.pad(row, (0, -m % SEQUENCE), constant_values=ABSENT).reshape(-1, SEQUENCE)
-    of_column = np.pad(column, (0, -n % COLUMNS), constant_values=ABSENT).reshape(-1, COLUMNS)
+    of_row = np.pad(row, (0, -m % SEQUENCE), constant_values=DEAD).reshape(-1, SEQUENCE)
+    of_column = np.pad(column, (0, -n % COLUMNS), constant_values=DEAD).reshape(-1, COLUMNS)
     of_row, of_column = (np.ascontiguousarray(a.T, np.int32)
                          for a in (np.repeat(of_row, shape[1], axis=0), np.tile(of_column, (shape[0], 1))))
     first = np.cumsum(stream.lengths, dtype=np.int32) - stream.lengths
     words = np.append(stream.words, np.uint16(0))
     q, ends, read = jax.device_get(_pull(words, first, stream.states, of_row, of_column, states))
-    if (ends != START).any() or (read - first != stream.lengths).any():
+    if (ends != START).any() or (read - first != stream.lengths).any() or (stream.places >= m * n).any():
         raise ValueError("a stream of coded integers is damaged, or is read with other scales than it was written with")
     q = q.reshape(COLUMNS, SEQUENCE, *shape).transpose(2, 1, 3, 0).reshape(SEQUENCE * shape[0], -1)
     q = q[:m, :n].astype(np.int32, order="C")
@@ -170,11 +175,7 @@ def _folded(a):
 def _best_width(a):
     """That of the fewest bits."""
     table = tables(1)
-    symbol = np.clip(a.ravel(), -table.reach, table.reach) + table.reach
-    return WIDTHS[0] + int(np.argmin(table.bits[:, 0, symbol].sum(1)))
-
-
-ABSENT = -(1 << 20)  # the class of a row or column that pads a lane
+    return WIDTHS[0] + int(np.argmin(table.bits[:, 0, table.symbol(a.ravel())].sum(1)))
 
 
 def _lanes(a, fill):

@@ -58,7 +58,7 @@ class Coded(NamedTuple):
         return 8 * self.level.nbytes + self.integers.stored_bits + self.sides.stored_bits
 
 
-def code(found: Levelled, states: int = 8) -> Coded:
+def encode(found: Levelled, states: int = 8) -> Coded:
     """As it is stored.  Host function."""
     found = Levelled(*map(np.asarray, found))
     return Coded(found.level, entropy.encode(found.integers, found.spread, found.width, states),
@@ -95,7 +95,7 @@ def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " 
     are lanes.  O(m n² + m n states); n columns one after the other, 64 steps each.
     """
     (m, n), lam = w.shape, price(states) if bit_price is None else bit_price
-    d, c = jnp.diagonal(factors.root)[:n] ** 2, jnp.asarray(c, w.dtype)
+    d, c = jnp.diagonal(factors.root) ** 2, jnp.asarray(c, w.dtype)
     row, column = octave(1 / jnp.sqrt(g)), octave(1 / jnp.sqrt(d))
     w, b = w / (c * power(row, w.dtype))[:, None], power(column, w.dtype)
     spread = deviation(w / b[None], 1, n)
@@ -115,14 +115,16 @@ def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " 
         q = search(fold(y), fold(spread) + wide, lam, states, dead | (wide <= entropy.DEAD)).T.reshape(-1)[:m]
         return (q.astype(w.dtype) * step)[:, None], (q, wide)
 
-    padded, lower = pad_columns(w, width), jnp.pad(factors.lower[:n, :n], (0, width - n))
+    padded, lower = pad_columns(w, width), jnp.pad(factors.lower, (0, width - n))
     _, (integers, wide) = sweep(padded, padded, lower, rounded, 1, slab, triangular=True)
     return Levelled(c, integers[:n].T, row, column, spread, wide[:n])
 
 
 def deviation(y: Float[Array, "*shape"], axis: int, count: ArrayLike) -> Int[Array, "*rest"]:
-    """The class of the root mean square of ``count`` numbers, the others being zeros; what exceeds four of it is cut to
-    four, so that an outlier does not widen it.  ``entropy.DEAD`` where all are zero, and only there.
+    """The class of the root mean square of y; ``count`` of its numbers count, the others are zeros.
+
+    What exceeds four times the result is cut to that, so that an outlier does not widen it.  ``entropy.DEAD`` where all
+    numbers are zero, and only there.
     """
     square, least = jnp.square(y), jnp.finfo(y.dtype).tiny
     mean = jnp.sum(square, axis=axis, keepdims=True) / count + least
@@ -137,10 +139,10 @@ def search(y: Float[Array, "t lanes"], width: Int[Array, "t lanes"], bit_price: 
     """Integers q of the path of least Σ (y − q)² + bit_price bits(q), with the bits of ``entropy.tables`` for a width.
 
     In a class the least is one of three: the two on either side of where the bits of a Gaussian put the least, and the
-    nearest.  Where one is absent it is 0.  (Bits grow ever faster with |q| until they are those of an outlier.)
+    nearest.  An absent place gets 0.  (Bits grow ever faster with |q| until they are those of an outlier.)
     """
-    graph = trellis(states)
-    spacing, table = graph.spacing, entropy.tables(graph.spacing)
+    code = trellis(states)
+    spacing, table = code.spacing, entropy.tables(code.spacing)
     y, width = y[:, None], (jnp.clip(width.astype(jnp.int32), *entropy.WIDTHS) - entropy.WIDTHS[0])[:, None]
     classes = jnp.arange(4 if spacing == 2 else 1, dtype=jnp.int32)[None, :, None]
     period, parity = classes.size, classes & spacing - 1
@@ -148,11 +150,10 @@ def search(y: Float[Array, "t lanes"], width: Int[Array, "t lanes"], bit_price: 
     drawn = y / (1 + bit_price / (2 * math.log(2) * jnp.exp2((width + entropy.WIDTHS[0]).astype(y.dtype) / 4)))
     below = at + period * jnp.floor((drawn - at) / period)
     choices = jnp.stack([below, below + period, at + period * jnp.round((y - at) / period)]).astype(jnp.int32)
-    symbol = jnp.clip((choices - parity[None]) // spacing, -table.reach, table.reach) + table.reach
     row = (width * spacing + parity) * table.bits.shape[2]
-    bits = jnp.asarray(table.bits.ravel(), y.dtype)[row[None] + symbol]
+    bits = jnp.asarray(table.bits.ravel(), y.dtype)[row[None] + table.symbol(choices)]
     cost = (y[None] - choices.astype(y.dtype)) ** 2 + bit_price * bits
     best = jnp.argmin(cost, axis=0, keepdims=True)
     least, q = (jnp.take_along_axis(a, best, axis=0)[0] for a in (cost, choices))
-    chosen = jnp.take_along_axis(q, viterbi(least, graph, absent)[:, None], axis=1)[:, 0]
+    chosen = jnp.take_along_axis(q, viterbi(least, code, absent)[:, None], axis=1)[:, 0]
     return jnp.where(absent, 0, chosen)

@@ -28,8 +28,7 @@ def predicted(q, row, column, states):
     spacing = trellis(states).spacing
     table, parity = entropy.tables(spacing), q & spacing - 1
     width = np.clip(row[:, None] + column, *entropy.WIDTHS) - entropy.WIDTHS[0]
-    symbol = np.clip((q - parity) // spacing, -table.reach, table.reach) + table.reach
-    return table.bits[width, parity, symbol].sum()
+    return table.bits[width, parity, table.symbol(q)].sum()
 
 
 @pytest.mark.parametrize("states", [1, 4, 8])
@@ -95,8 +94,9 @@ def test_a_damaged_stream_is_noticed():
             entropy.decode(stream._replace(words=words), row, column, 8)
     with pytest.raises(ValueError, match="other scales"):
         entropy.decode(stream, row + 8, column, 8)
-    with pytest.raises(ValueError, match="damaged"):
-        entropy.decode(stream._replace(words=stream.words[:-1]), row, column, 8)
+    for other in ({"words": stream.words[:-1]}, {"places": np.uint32([10_000]), "values": np.int32([300])}):
+        with pytest.raises(ValueError, match="damaged"):
+            entropy.decode(stream._replace(**other), row, column, 8)
 
 
 def test_classes_come_back_and_take_about_their_entropy():

@@ -18,7 +18,7 @@ def factors(h, dtype=np.float64, damping=0.01):
 
 def stored_bits(found, states=8):
     """All that is stored."""
-    return level.code(found, states).stored_bits
+    return level.encode(found, states).stored_bits
 
 
 @pytest.mark.parametrize("bit_price", [0.0, 0.37, 2.0])
@@ -81,7 +81,7 @@ def test_any_size_is_stored_and_comes_back(shape):
     w, h = matrices.gaussian(m, n, 0), matrices.hessian("power", n, 0)
     found = jax.jit(level.quantize)(jnp.asarray(w), factors(h), jnp.ones(m), 0.5)
     assert found.integers.shape == shape and np.isfinite(np.asarray(found.dense())).all()
-    again = level.decode(level.code(found), shape)
+    again = level.decode(level.encode(found), shape)
     for ours, theirs in zip(found, again, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

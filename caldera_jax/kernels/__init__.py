@@ -15,7 +15,7 @@ has traced already keeps its mode until ``jax.clear_caches()``.
 On a GPU, kernel by kernel (figures: one NVIDIA H200, JAX 0.11.2, ``experiments/results/accelerator_nvidia-h200.json``):
 
     e8p.encode           a kernel of Mosaic GPU, for compute capability 9 (Hopper) and later: 14 to 28 times as fast as
-                         the reference, of which XLA makes many kernels; block LDLQ of 4096 x 4096 is 14 times as fast
+                         the reference; with it block LDLQ of 4096 x 4096 is 14 times as fast
     hadamard.transform   the reference: a few products with small matrices, for XLA to give to the matrix units
     matmul.multiply      the reference: Q is decoded into dense tiles of at most 2^26 weights, each multiplied at once;
                          1.2 to 9 times as long as the dense product

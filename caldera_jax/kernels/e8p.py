@@ -81,8 +81,7 @@ def encode(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch n"], UInt[
 
     * TPU tiles: [8, 64, 128], 8192 vectors, entries along the first axis.  On chip: (8 + 8 + 1) x 4 bytes a vector,
       twice for the pipeline: 1.1 MB of vector memory, whatever m and n are.
-    * GPU: one thread a vector, blocks of 128 threads.  XLA makes some 200 kernels of the search, which pass it on
-      through main memory: see ``kernels``.
+    * GPU: one thread a vector, blocks of 128 threads (``kernels`` says how much faster than the reference).
     * Main memory: 8.5 bytes a weight (4 in, 4 out, 1/2 for codes as int32), and up to twice as much again outside,
       where XLA puts entries first and codes into 16 bits.
     * Cost: about 110 operations a weight (``experiments/roofline.py`` counts them): arithmetic binds, not memory.
@@ -117,7 +116,7 @@ def mosaic(x):
         _encode_block, grid=(entries.shape[1] // LANES,), grid_names=("block",),
         out_type=(jax.ShapeDtypeStruct(entries.shape, jnp.float32),
                   jax.ShapeDtypeStruct(entries.shape[1:], jnp.int32)),
-        # the other semantics search for layouts that are all alike here, for eight seconds
+        # the other semantics take seconds to look for layouts, and here there is but one
         compiler_params=mosaic_gpu.CompilerParams(lowering_semantics=mosaic_gpu.LoweringSemantics.Lane))
     return _as_stored(*run(entries), x)
 
