@@ -12,15 +12,19 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from caldera_jax import hessian, incoherence, kernels
+from caldera_jax import hessian, incoherence, kernels, levels
 from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, dequantize
 from caldera_jax.decompose import CalderaConfig, Decomposition, Trace, caldera
 from caldera_jax.incoherence import Rotation
 from caldera_jax.kernels.matmul import Packed, Rows, multiply
+from caldera_jax.levels import Integers, LevelConfig, Levelled
 from caldera_jax.packing import pack as pack_codes
 from caldera_jax.packing import pack_signs, unpack, unpack_signs
+
+Grid = Codebook | Integers
+PLAIN = LevelConfig()
 
 
 @no_type_check
@@ -29,45 +33,58 @@ from caldera_jax.packing import pack_signs, unpack, unpack_signs
 class CompressedLinear:
     """W [m, n] ≈ Uᵀ (Q + L R) V, everything packed; a pytree whose leaves are all that must be stored.
 
-    q: rows of Q.  left_t: rows of Lᵀ [k − r, m].  right: rows of R [k − r, n].  A part that is off is None.
+    q: rows of Q.  left_t: rows of Lᵀ [k − r, m].  right: rows of R [k − r, n].  A part that is off is None.  A part of
+    free rate is ``Levelled``, of the whole L then, and kept as integers of 8 bits (16, 32 where one is larger); what is
+    stored of it is what ``levels.encode`` makes of it.
     left_side, right_side: the rotations U of the outputs and V of the inputs: packed sign bits (randomized Hadamard),
     trained reals in their place, a tuple of orthogonal factors, or the empty tuple for none.
     trained: the first r rows of Lᵀ [r, m] and of R [r, n] as numbers, once they are trained; None before.
     """
 
-    q: Packed | None
-    left_t: Packed | None
-    right: Packed | None
+    q: Packed | Levelled | None
+    left_t: Packed | Levelled | None
+    right: Packed | Levelled | None
     left_side: Array | tuple[Array, ...]
     right_side: Array | tuple[Array, ...]
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
-    grids: tuple[Codebook | None, Codebook, Codebook] = dataclasses.field(metadata={"static": True})
+    grids: tuple[Grid | None, Grid, Grid] = dataclasses.field(metadata={"static": True})
     trained: tuple[Array, Array] | None = None
 
     @property
     def rank(self) -> int:
         """k of L R."""
-        return (0 if self.right is None else len(self.right.codes)) + (0 if self.trained is None else
-                                                                       len(self.trained[1]))
+        own = 0 if self.right is None else len(codes(self.right))
+        return own + (0 if self.trained is None else len(self.trained[1]))
 
     @property
     def stored_bits(self) -> int:
-        """Every bit that must be kept: codes with their padding, scales, and signs or orthogonal factors."""
-        return sum(8 * math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        """Every bit that must be kept: codes with their padding, scales, and signs or orthogonal factors.
+
+        What is of free rate is coded to be counted: seconds for ten million weights, and no tracing.
+        """
+        return sum(self.bits_of_parts())
+
+    def bits_of_parts(self) -> tuple[int, ...]:
+        """Stored bits of Q, Lᵀ, R, the rotation and what is trained."""
+        parts = zip(self.grids, (self.q, self.left_t, self.right), strict=True)
+        coded = (levels.encode(part, grid.states).stored_bits if isinstance(part, Levelled) else size(part)
+                 for grid, part in parts)
+        return *coded, size((self.left_side, self.right_side)), size(self.trained)
 
     @property
     def dtype(self):
         """The dtype of the scales, and so of ``dense()``."""
         part = self.q or self.right
-        return jnp.promote_types(self.trained[0].dtype, jnp.float32) if part is None else part.scale.dtype
+        if part is None:
+            return jnp.promote_types(self.trained[0].dtype, jnp.float32)
+        return part.level.dtype if isinstance(part, Levelled) else part.scale.dtype
 
     def rotated(self) -> tuple[Array | None, Array | None, Array | None]:
         """Q [m, n], L [m, k], R [k, n] decoded, in the rotated basis; None for a part that is off."""
-        m, n = self.shape
-        q, *packed = (_decode(grid, part, width) for grid, part, width in
-                      zip(self.grids, (self.q, self.left_t, self.right), (n, m, n), strict=True))
+        q, right = (_decode(grid, part, self.shape[1]) for grid, part in
+                    ((self.grids[0], self.q), (self.grids[2], self.right)))
         factors = [[part.astype(self.dtype) for part in (first, rest) if part is not None]
-                   for first, rest in zip(self.trained or (None, None), packed, strict=True)]
+                   for first, rest in zip(self.trained or (None, None), (_left_t(self), right), strict=True)]
         if not self.rank:
             return q, None, None
         left_t, right = map(jnp.concatenate, factors)
@@ -98,9 +115,27 @@ def _dense(weight):
     return weight.dense()
 
 
+def codes(part: Packed | Levelled) -> Array:
+    """Those of a part, a row for each of its rows."""
+    return part.integers if isinstance(part, Levelled) else part.codes
+
+
+def _left_t(weight):
+    """Rows of Lᵀ; a levelled L stands the other way round."""
+    found = _decode(weight.grids[1], weight.left_t, weight.shape[0])
+    return found.T if isinstance(weight.left_t, Levelled) else found
+
+
+def size(tree) -> int:
+    """Bits of all arrays in it."""
+    return sum(8 * math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _decode(grid, part, width):
     if part is None:
         return None
+    if isinstance(part, Levelled):
+        return part.dense(part.level.dtype)
     count = -(-width // grid.block)
     return dequantize(grid, unpack(jnp.asarray(part.codes), grid.code_bits, count), jnp.asarray(part.scale), width)
 
@@ -110,7 +145,8 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     """x @ weightᵀ in the dtype of x, for a dense [m, n] array or a compressed weight.
 
     A compressed weight is never put together: x is rotated, multiplied by Q and, beside it, by R and L, and rotated
-    back.  Q is decoded a few rows at a time, and again for a gradient (``kernels.matmul``).
+    back.  Q is decoded a few rows at a time, and again for a gradient (``kernels.matmul``); of a levelled Q the
+    integers alone, which meet b x, and a multiplies what comes out.
     Raises ValueError where the last axis of x is not n.
     """
     x, (m, n) = jnp.asarray(x), weight.shape
@@ -120,11 +156,17 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     if not isinstance(weight, CompressedLinear):  # not x Wᵀ: for few rows of x XLA on a CPU transposes W first
         return (jnp.asarray(weight).astype(x.dtype) @ rows.T).T.reshape(*x.shape[:-1], m)
     sides, stages = weight.sides(x.dtype), tuple(_stages(grid) for grid in weight.grids)
-    q = weight.q if stages[0] or weight.q is None else _rows(weight.grids[0], weight.q, n)
-    left_t, right = (part if stage else _decode(grid, part, width) for part, stage, grid, width in
-                     zip((weight.left_t, weight.right), stages[1:], weight.grids[1:], (m, n), strict=True))
+    left_t, right = (weight.left_t if stages[1] else _left_t(weight),
+                     weight.right if stages[2] else _decode(weight.grids[2], weight.right, n))
     rotated = incoherence.forward(sides.right, rows)
-    y = multiply(rotated, (q, left_t, right), stages, m)
+    if isinstance(weight.q, Levelled):
+        a, b = weight.q.scales(x.dtype)
+        integers = Rows((weight.q.integers,), lambda tile: tile)
+        y = multiply(rotated * b[None], (integers, None, None), stages, m) * a[None]
+        y = y + multiply(rotated, (None, left_t, right), stages, m)
+    else:
+        q = weight.q if stages[0] or weight.q is None else _rows(weight.grids[0], weight.q, n)
+        y = multiply(rotated, (q, left_t, right), stages, m)
     if weight.trained is not None:
         left_t, right = (jnp.asarray(factor).astype(x.dtype) for factor in weight.trained)
         y = y + rotated @ right.T @ left_t
@@ -137,7 +179,7 @@ def _rows(grid, part, n):
     return Rows((part.codes,) if grid.group is None else tuple(part), decode)
 
 
-def _stages(grid: Codebook | None) -> tuple[float, ...] | None:
+def _stages(grid: Grid | None) -> tuple[float, ...] | None:
     """The weights of the E8P codewords that a code is the sum of, as ``kernels.matmul`` decodes them; None: another."""
     if type(grid) is E8P and grid.group is None:  # a subclass may decode in its own way
         return (1.0,)
@@ -173,11 +215,65 @@ def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Ar
     Raises ValueError (naming ``name``) for shapes that do not fit, rank > min(m, n), NaN or infinities in w or h, or an
     h that no damping makes positive definite.
     """
+    w, h, rows = checked(w, h, config.rank, name)
+    compressed, trace = _compress(key, w, h, config, rows)
+    if not bool(trace.finite):
+        raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite, or "
+                         "the iteration overflowed: check that h is symmetric positive semidefinite")
+    return compressed, trace
+
+
+def level(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "n n"], g: Float[Array | np.ndarray, " m"],
+          c: float, config: LevelConfig = PLAIN, name: str = "the matrix") -> CompressedLinear:
+    """W ≈ diag(a) Z diag(b) + L R at level c, free rate: small Σ_i g_i e_i H e_iᵀ + λ c² bits (``levels.decompose``).
+
+    ``h`` as for ``compress_matrix``, ``g`` the importance of each output; c in the square root of the units of their
+    product with W², so that one c is one level for all layers of a model.  Where g_i is 0 row i is 0.
+    Raises ValueError (naming ``name``) for shapes that do not fit, NaN, infinities or g < 0, a level that is not
+    positive, rank > min(m, n), or an h that no damping makes positive definite.
+    """
+    return packed(*at_level(w, h, g, c, config, name)[:3], config)
+
+
+def packed(q: Levelled, left: Levelled | None, right: Levelled | None, config: LevelConfig) -> CompressedLinear:
+    """The layer that ``at_level`` found."""
+    parts = (part and levels.narrow(part) for part in (q, left, right))
+    return CompressedLinear(*parts, (), (), q.integers.shape, (Integers(config.states),) * 3)
+
+
+def at_level(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "n n"],
+             g: Float[Array | np.ndarray, " m"], c: float, config: LevelConfig, name: str = "the matrix",
+             rows: Int[np.ndarray, " r"] | None = None) -> tuple[Levelled, Levelled | None, Levelled | None, float]:
+    """Z, L and R of ``levels.decompose``, Z of these rows alone, and the damping used; raises as ``level``."""
+    w, h, _ = checked(w, h, config.rank, name)
+    g = jnp.asarray(g, w.dtype)
+    if g.shape != w.shape[:1] or not bool(jnp.all(jnp.isfinite(g) & (g >= 0))):
+        raise ValueError(f"{name}: the importance of its outputs must be {w.shape[0]} finite numbers >= 0, got "
+                         f"{g.shape} from {float(jnp.min(g, initial=0)):g} to {float(jnp.max(g, initial=0)):g}: do the "
+                         "gradients overflow?")
+    if not 0 < c < math.inf:
+        raise ValueError(f"{name}: the level must be positive and finite, got {c}")
+    *parts, damping, finite = _at_level(w, h, g, jnp.asarray(c, w.dtype), config, rows)
+    if not bool(finite):
+        raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite: "
+                         "check that h is symmetric positive semidefinite")
+    return *parts, float(damping)
+
+
+@partial(jax.jit, static_argnums=4)
+@jax.default_matmul_precision("highest")
+def _at_level(w, h, g, c, config, rows):
+    *parts, factors = levels.decompose(w, h, g, c, config, rows)
+    return *parts, factors.damping, factors.finite
+
+
+def checked(w, h, rank: int, name: str):
+    """W and H of one dtype, and how the rows of W are spread over devices; ValueError as in ``compress_matrix``."""
     w, h = jnp.asarray(w), jnp.asarray(h)
     if w.ndim != 2 or h.shape != (w.shape[1],) * 2:
         raise ValueError(f"{name}: need w [m, n] and h [n, n]; got {w.shape} and {h.shape}")
-    if config.rank > min(w.shape):
-        raise ValueError(f"{name}: rank {config.rank} exceeds min(m, n) = {min(w.shape)}: choose a lower rank")
+    if rank > min(w.shape):
+        raise ValueError(f"{name}: rank {rank} exceeds min(m, n) = {min(w.shape)}: choose a lower rank")
     for what, array in (("weight", w), ("Hessian", h)):
         if not bool(jnp.all(jnp.isfinite(array))):
             raise ValueError(f"{name}: the {what} holds NaN or infinite values: check the file or the calibration text")
@@ -186,11 +282,7 @@ def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Ar
     if isinstance(w.sharding, NamedSharding) and not w.sharding.is_fully_replicated:
         w, h = shard_rows(w, h, list(w.sharding.mesh.devices.flat))  # by rows, on a mesh whose axes are not explicit
         rows = w.sharding
-    compressed, trace = _compress(key, w, h, config, rows)
-    if not bool(trace.finite):
-        raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite, or "
-                         "the iteration overflowed: check that h is symmetric positive semidefinite")
-    return compressed, trace
+    return w, h, rows
 
 
 def shard_rows(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "n n"],

@@ -35,6 +35,15 @@ def relative_error(w: Float[Array | np.ndarray, "m n"], w_hat: Float[Array | np.
     return ratio(proxy_loss(w_hat - w, h), proxy_loss(w, h))
 
 
+def importance(raw: Float[np.ndarray, " m"], floor: float = 0.02, shrinkage: float = 0.1) -> Float[np.ndarray, " m"]:
+    """g of a layer's outputs from noisy estimates: no less than ``floor`` of their mean, then drawn towards it.
+
+    Few windows miss what an output is good for elsewhere: without a floor such an output would lose all its bits.
+    """
+    raised = np.maximum(raw, floor * np.mean(raw))
+    return (1 - shrinkage) * raised + shrinkage * np.mean(raised)
+
+
 def bits_per_weight(stored_bits: int, weights: int) -> float:
     """Stored bits of the compressed linear layers over their number of weights."""
     return stored_bits / weights

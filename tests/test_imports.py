@@ -6,11 +6,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "caldera_jax"
 ORDER = """
 lattice trellis entropy packing hadamard kernels codebooks hessian objective incoherence ldlq regression lplr decompose
-level linear allocate
+levels linear allocate
 models.files models.llama models.tokenizer models.weights models.data models.convert
 jobs.report jobs.spread jobs.artifact jobs.export jobs.run jobs.calibration jobs.evaluate jobs.generate jobs.harness
-jobs.student jobs.training jobs.finetune jobs.compress jobs.explain jobs.facts jobs.markup jobs.page jobs.presets
-jobs.options jobs.cli
+jobs.student jobs.training jobs.finetune jobs.level jobs.compress jobs.explain jobs.facts jobs.markup jobs.page
+jobs.presets jobs.options jobs.cli
 """.split()
 
 

@@ -112,21 +112,23 @@ import numpy as np
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from caldera_jax import codebooks
-from caldera_jax.codebooks import Codebook
+from caldera_jax import codebooks, levels
+from caldera_jax.entropy import Classes, Stream
 from caldera_jax.jobs import report, spread
-from caldera_jax.linear import CompressedLinear, Packed
+from caldera_jax.levels import Coded, Integers, Levelled
+from caldera_jax.linear import CompressedLinear, Grid, Packed
 from caldera_jax.models import convert, files, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Block
 
-FORMAT = 2  # 1 had no trained signs and factors, and is read, too
+FORMAT = 3  # 1 had no trained signs and factors, 2 no integers of free rate; both are read, too
 MANIFEST = "manifest.json"
 REST = "rest.safetensors"  # embedding, last norm and head
 TOKENIZER = "tokenizer.json"
 GRIDS = {kind.__name__: kind for kind in (codebooks.E8P, codebooks.ResidualE8P, codebooks.Uniform, codebooks.Dithered,
-                                          codebooks.NormalFloat, codebooks.Half)}
+                                          codebooks.NormalFloat, codebooks.Half, Integers)}
+PARTS = ("q", "left_t", "right")
 
 
 def block_file(index: int) -> str:
@@ -137,8 +139,10 @@ def block_file(index: int) -> str:
 def layer_arrays(layer: CompressedLinear) -> dict[str, np.ndarray]:
     """The arrays of one layer by name."""
     arrays = {}
-    for name in ("q", "left_t", "right"):
-        if (part := getattr(layer, name)) is not None:
+    for name, grid in zip(PARTS, layer.grids, strict=True):
+        if isinstance(part := getattr(layer, name), Levelled):
+            arrays |= _named(name, levels.encode(part, grid.states))
+        elif part is not None:
             arrays |= {f"{name}.codes": part.codes, f"{name}.scale": part.scale}
     for name in ("left_side", "right_side", "trained"):
         side = () if getattr(layer, name) is None else getattr(layer, name)
@@ -146,26 +150,45 @@ def layer_arrays(layer: CompressedLinear) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in arrays.items()}
 
 
+def _named(name: str, value: Any) -> dict[str, np.ndarray]:
+    """The arrays of a tuple in a tuple by the names of their fields."""
+    if not isinstance(value, tuple):
+        return {name: value}
+    parts = (_named(f"{name}.{field}", part) for field, part in value._asdict().items())
+    return {key: array for part in parts for key, array in part.items()}
+
+
+def _part(arrays: dict[str, np.ndarray], name: str, shape: tuple[int, int], grid: Any) -> Packed | Levelled | None:
+    if f"{name}.level" in arrays:
+        own = {key.removeprefix(f"{name}."): array for key, array in arrays.items()}
+        of = lambda prefix: Stream(*(own[f"{prefix}.{field}"] for field in Stream._fields))
+        sides = Classes(of("sides.stream"), own["sides.middles"], own["sides.widths"])
+        return levels.narrow(levels.decode(Coded(own["level"], of("integers"), sides), shape, grid.states))
+    return Packed(arrays[f"{name}.codes"], arrays[f"{name}.scale"]) if f"{name}.codes" in arrays else None
+
+
 def layer_from(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> CompressedLinear:
-    """The layer that ``layer_arrays`` and ``layer_meta`` describe."""
-    parts = (Packed(arrays[f"{name}.codes"], arrays[f"{name}.scale"]) if f"{name}.codes" in arrays else None
-             for name in ("q", "left_t", "right"))
+    """The layer that ``layer_arrays`` and ``layer_meta`` describe.  ValueError for a damaged stream of free rate."""
+    (m, n), rank, grids = meta["shape"], meta.get("rank", 0), tuple(_grid(g) for g in meta["grids"])
+    parts = (_part(arrays, *of) for of in zip(PARTS, ((m, n), (m, rank), (rank, n)), grids, strict=True))
     sides = (arrays[name] if name in arrays else tuple(arrays[key] for key in sorted(arrays) if key.startswith(name))
              for name in ("left_side", "right_side"))
     trained = tuple(arrays[f"trained.{i}"] for i in range(2)) if "trained.0" in arrays else None
-    return CompressedLinear(*parts, *sides, tuple(meta["shape"]), tuple(_grid(g) for g in meta["grids"]), trained)
+    return CompressedLinear(*parts, *sides, (m, n), grids, trained)
 
 
 def layer_meta(layer: CompressedLinear) -> dict[str, Any]:
-    """Shape and grids: what the arrays do not say.  Raises ValueError for a grid that this format cannot name."""
+    """Shape, grids, and the rank of a levelled L R: what the arrays do not say.  ValueError for a grid that this format
+    cannot name."""
     for grid in layer.grids:
         if grid is not None and GRIDS.get(type(grid).__name__) is not type(grid):
             raise ValueError(f"{type(grid).__name__} is not one of the package's codebooks ({', '.join(GRIDS)}), and a "
                              "model on disk can only name those: keep the layer in memory, or add the class to GRIDS")
-    return {"shape": list(layer.shape), "grids": [report.plain(grid) for grid in layer.grids]}
+    own = {"rank": len(layer.right.integers)} if isinstance(layer.right, Levelled) else {}
+    return {"shape": list(layer.shape), "grids": [report.plain(grid) for grid in layer.grids], **own}
 
 
-def _grid(meta: dict[str, Any] | None) -> Codebook | None:
+def _grid(meta: dict[str, Any] | None) -> Grid | None:
     if meta is None:
         return None
     fields = dict(meta)
@@ -211,8 +234,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     needed = {"format", "run", "model", "model_config", "layers", "files"}
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ValueError(f"{path}: not a manifest of this program")
-    if manifest["format"] not in (1, FORMAT):
-        raise ValueError(f"{path}: format {manifest['format']}, and this version reads formats 1 and {FORMAT}: use the "
+    if manifest["format"] not in range(1, FORMAT + 1):
+        raise ValueError(f"{path}: format {manifest['format']}, and this version reads formats 1 to {FORMAT}: use the "
                          "caldera-jax that wrote it, or compress the model again")
     if missing := needed - manifest.keys():
         raise ValueError(f"{path}: not a manifest of this program: it lacks {', '.join(sorted(missing))}")

@@ -8,7 +8,7 @@ fixed tree, so that they are the same however the shards are spread.
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,29 +132,43 @@ def gradients(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"
     the streams that enter every block, layers · w · s · d numbers.  Works in this process alone, on its first device.
     Raises ValueError for weights that are not dense.
     """
-    for index, squares in _squares(config, params, tokens, key, range(len(tokens)), blocks):
+    for index, squares, _ in _squares(config, params, tokens, key, range(len(tokens)), blocks):
         yield index, {name: np.asarray(square) / tokens.size for name, square in squares.items()}
 
 
-def traces(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], key: Key[Array, ""], windows: range,
-           blocks: int | None = None) -> dict[str, float]:
-    """Σ F_ij of every linear layer, by its path, of what ``gradients`` gives: the share of these of the w windows.
+class OutputFisher(NamedTuple):
+    """Of a layer: Σ_j F_ij of each output i, in nats a token, and tr H, H the second moment of the inputs."""
+
+    rows: Float[np.ndarray, " m"]
+    trace: float
+
+    def importance(self) -> Float[np.ndarray, " m"]:
+        """g_i = Σ_j F_ij / tr H, so that F_ij ≈ g_i H_jj; 0 for a layer without inputs."""
+        return self.rows / self.trace if self.trace > 0 else np.zeros_like(self.rows)
+
+
+def output_fisher(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], key: Key[Array, ""],
+                  windows: range, blocks: int | None = None) -> dict[str, OutputFisher]:
+    """Of every linear layer, by its path, by the F of ``gradients``: the share of these of the w windows.
 
     The shares of windows that make up all sum to the whole.  Goes through the model for every CHUNK tokens, so that
     the streams are of no more.
     """
-    total: dict[str, float] = {}
+    total: dict[str, OutputFisher] = {}
     step = max(1, CHUNK // tokens.shape[1])
     for i in range(0, len(windows), step):
-        for index, squares in _squares(config, params, tokens, key, windows[i:i + step], blocks):
+        for index, squares, inputs in _squares(config, params, tokens, key, windows[i:i + step], blocks):
             for name, square in squares.items():
-                path = f"blocks.{index}.{name}"
-                total[path] = total.get(path, 0.0) + float(jnp.sum(square)) / tokens.size
+                path, (m, _) = f"blocks.{index}.{name}", square.shape
+                before = total.get(path, OutputFisher(np.zeros(m), 0.0))
+                own = np.asarray(jnp.sum(square, axis=1), np.float64), float(inputs[llama.INPUT_OF[name]])
+                total[path] = OutputFisher(*(a + b / tokens.size for a, b in zip(before, own, strict=True)))
     return total
 
 
 def _squares(config, params, tokens, key, windows, blocks):
-    """(block index, squared gradients of its linear weights, summed over these windows), from the last block on."""
+    """(block index, squared gradients of its linear weights, squares of its inputs), summed over these windows, from
+    the last block on."""
     split = lambda streams: np.split(streams, len(windows))
     entering = [_streams(params, tokens[windows])]
     for index in range(config.layers):
@@ -166,10 +180,11 @@ def _squares(config, params, tokens, key, windows, blocks):
     for index in reversed(range(config.layers)):
         placed = jax.device_put(_dense(params, index))
         squares = {name: jnp.zeros(shape, pulled.dtype) for name, shape in llama.shapes(config).items()}
+        inputs = {name: jnp.zeros((), pulled.dtype) for name in llama.INPUT_OF.values()}
         for i, x in enumerate(split(entering.pop())):
-            pulled[i:i + 1], squares = _pull(config, placed, x, pulled[i:i + 1], squares)
+            pulled[i:i + 1], squares, inputs = _pull(config, placed, x, pulled[i:i + 1], squares, inputs)
         if blocks is None or index < blocks:
-            yield index, squares
+            yield index, squares, inputs
 
 
 def _dense(params, index):
@@ -257,12 +272,15 @@ def _pull_head(config, last, x, key):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 @jax.default_matmul_precision("highest")
-def _pull(config, block, x, pulled, squares):
-    """The gradient one block earlier, and the squared gradients of the block's linear weights added to ``squares``."""
+def _pull(config, block, x, pulled, squares, inputs):
+    """The gradient one block earlier, and the squared gradients of the block's linear weights added to ``squares``, the
+    squares of their inputs to ``inputs``."""
     linears = {name: block[name].astype(x.dtype) for name in llama.LINEARS}
-    _, vjp = jax.vjp(lambda linears, x: llama.block(config, block | linears, x, jnp.arange(x.shape[1]))[0], linears, x)
+    through = lambda linears, x: llama.block(config, block | linears, x, jnp.arange(x.shape[1]))
+    _, vjp, seen = jax.vjp(through, linears, x, has_aux=True)
     of_linears, pulled = vjp(pulled)
-    return pulled, {name: squares[name] + of_linears[name]**2 for name in squares}
+    return (pulled, {name: squares[name] + of_linears[name]**2 for name in squares},
+            {name: inputs[name] + jnp.sum(seen[name]**2) for name in inputs})
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -20,9 +20,22 @@ from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page
 from caldera_jax.jobs.compress import compress as run_compress
 from caldera_jax.jobs.compress import memory_need, recorded, weights
 from caldera_jax.jobs.finetune import finetune as run_finetune
-from caldera_jax.jobs.options import Algorithm, Budget, Data, Float, Int, Ints, Optimizer, Switch, Texts, Workers
+from caldera_jax.jobs.options import (
+    Algorithm,
+    Budget,
+    Data,
+    Float,
+    Int,
+    Ints,
+    Level,
+    Optimizer,
+    Switch,
+    Texts,
+    Workers,
+)
 from caldera_jax.jobs.presets import PRESETS, TRAININGS
 from caldera_jax.jobs.report import config_hash
+from caldera_jax.levels import LevelConfig
 from caldera_jax.models import convert, data, files
 from caldera_jax.models.convert import Model as Loaded
 
@@ -31,9 +44,10 @@ Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 
 def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper"] = "default", bits: Float = None,
-             megabytes: Float = None, rank: Int = None, q_bits: Int = None, factor_bits: Ints = None,
-             blocks: Int = None, seed: Int = None, budget: Budget = Budget(), texts: Texts = Texts(),
-             algorithm: Algorithm = Algorithm(), workers: Workers = Workers()) -> None:
+             megabytes: Float = None, level: Float = None, rank: Int = None, q_bits: Int = None,
+             factor_bits: Ints = None, blocks: Int = None, seed: Int = None, one_level: Level = Level(),
+             budget: Budget = Budget(), texts: Texts = Texts(), algorithm: Algorithm = Algorithm(),
+             workers: Workers = Workers()) -> None:
     """Compress a model: calibrate, compress every linear layer, evaluate before and after, write OUT/report.json.
 
     Killed and started again with the same arguments, it goes on where it was.
@@ -44,39 +58,55 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         out: directory of the compressed model; must be new, or of the same run.
         preset: smoke (two blocks, rank 16, a minute), default (rank 64, 15 outer and 10 inner iterations: minutes),
             paper (the authors' settings: hours). All that follows overrides it.
-        bits: budget: bits a weight that the compressed layers may store, everything counted. Chooses --rank, --q-bits
-            and --factor-bits of every layer by itself, to do the least predicted damage. With --preset paper add
-            --downdate False.
+        bits: budget: bits a weight that the compressed layers may store, everything counted. Each weight gets a rate of
+            its own, all at one level that meets the budget. With --quantizer rates are fixed instead, and --rank,
+            --q-bits and --factor-bits of every layer are chosen (with --preset paper add --downdate False).
         megabytes: the same budget in 10^6 bytes of all compressed layers together.
-        rank: k of L R in every layer; 0 for Q alone.
+        level: the level itself, instead of a budget: the loss in nats goes with its square.
+        rank: k of L R in every layer; 0 for Q alone, which is what --bits, --megabytes and --level take by themselves.
         q_bits: bits of Q: 2, 3 or 4 on the lattice, more on other grids; 0 for L R alone.
         factor_bits: bits of L and R (one number for both, or two): 2, 3, 4 lattice, 8 scalar, 16 float16.
         blocks: compress only the first so many blocks.
         seed: random seed: of the rotations and of whatever else is random.
-        budget: how --bits and --megabytes are shared out.
+        one_level: free rates.
+        budget: fixed rates.
         texts: what the model is calibrated and evaluated on.
-        algorithm: how a layer is compressed.
+        algorithm: how a layer is compressed at a fixed rate (damping: at any).
         workers: who does the work.
     """
     if factor_bits is not None and len(factor_bits) not in (1, 2):
         raise ValueError(f"factor_bits takes one number, or two for L and R; got {len(factor_bits)}")
-    if bits is not None and megabytes is not None:
-        raise ValueError("--bits and --megabytes are two words for one budget: give one of them")
-    if bits is None and megabytes is None and budget != Budget():
-        raise ValueError("--allocation and --ranks share out a budget: give --bits or --megabytes, or leave them out")
+    sizes = {"--bits": bits, "--megabytes": megabytes, "--level": level}
+    if len(given := [name for name, value in sizes.items() if value is not None]) > 1:
+        raise ValueError(f"{' and '.join(given)} each say how small the model becomes: give one of them")
     if megabytes is not None and not 0 < megabytes < math.inf:
         raise ValueError(f"a budget of {megabytes} MB cannot be met: give a positive number")
-    if not (bits is None and megabytes is None) and not (
-            rank is None and q_bits is None and factor_bits is None):
-        raise ValueError("a budget chooses the rank, the bits of Q and those of L and R: leave out --rank, --q-bits "
-                         "and --factor-bits, or the budget")
+    free = bool(given) and algorithm.quantizer is None
+    of_fixed = {"q_bits": q_bits, "factor_bits": factor_bits, **vars(budget), **vars(algorithm)}
+    of_fixed.pop("damping")
+    if free and (told := _flags(of_fixed)):
+        raise ValueError(f"{told}: of fixed rates, and with {given[0]} each weight has a rate of its own: leave it "
+                         "out, or add --quantizer e8p for fixed rates")
+    if not free and (told := _flags(vars(one_level) | {"level": level})):
+        raise ValueError(f"{told}: of one level for all weights: give --bits, --megabytes or --level, and no "
+                         "--quantizer")
+    if not given and (told := _flags(vars(budget))):
+        raise ValueError(f"{told}: shares out a budget: give --bits or --megabytes, or leave it out")
+    if given and not free and (told := _flags({"rank": rank, "q_bits": q_bits, "factor_bits": factor_bits})):
+        raise ValueError(f"{told}: a budget of fixed rates chooses it: leave it out, or the budget")
     factors = factor_bits[0] if factor_bits is not None and len(factor_bits) == 1 else factor_bits
     base, tokens = PRESETS[preset], lambda kind: {name: getattr(texts, f"{kind}_{name}")
                                                   for name in ("text", "windows", "window")}
+    of_level = override(LevelConfig(), states=one_level.states, bit_price=one_level.bit_price, rank=rank,
+                        damping=algorithm.damping) if free else None
+    estimate = {name: getattr(one_level, f"importance_{name}") for name in ("windows", "floor", "shrinkage")}
     config = override(
         base, model=model, activations=texts.activations, blocks=blocks, seed=seed, hessians=texts.hessians,
-        caldera=override(base.caldera, rank=rank, q_bits=q_bits, factor_bits=factors, **vars(algorithm)),
-        bits=bits if megabytes is None else 1.0, **vars(budget),  # 1: until weights are counted
+        caldera=override(base.caldera, rank=None if free else rank, q_bits=q_bits, factor_bits=factors,
+                         **vars(algorithm)),
+        bits=bits if megabytes is None else 1.0,  # until weights are counted
+        **vars(budget), level=of_level, c=level,
+        importance=override(base.importance, **estimate),
         calibration=override(base.calibration, **tokens("calibration")),
         evaluation=override(base.evaluation, **tokens("evaluation")))
     if start(workers, lambda: convert.load(model)):
@@ -86,6 +116,11 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
     report = run_compress(config, out, texts.moments)
     if spread.rank() == 0:
         print(f"{table(report)}\n\nwritten: {out / 'report.json'}")
+
+
+def _flags(options: dict[str, Any]) -> str:
+    """Those that were given, as they are written."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None)
 
 
 def start(workers: Workers, load: Callable[[], Loaded]) -> bool:
@@ -132,12 +167,20 @@ def table(r: dict[str, Any]) -> str:
              f"  bits per weight   {r['bits_per_weight']:.4f}   (compressed linear layers, everything stored)",
              f"  size              layers {r['stored_bytes'] / 1e6:.1f} MB; model {r['model_bytes'] / 1e6:.1f} MB, the "
              f"embedding being dense; on disk {r['disk_bytes'] / 1e6:.1f} MB",
-             *(budget_lines(r) if "allocation" in r else []),
+             *(budget_lines(r) if "allocation" in r else level_lines(r) if "level" in r else []),
              f"  layer error       mean {r['mean_layer_error']:.4f}   max {r['max_layer_error']:.4f}",
              "  stage                 seconds  of it compiling  peak memory"]
     lines += [f"    {name:20s} {stage['seconds']:8.1f} {stage['compile_seconds']:16.1f} "
               f"{stage['peak_memory_bytes'] / 1e9:9.2f} GB" for name, stage in r["stages"].items()]
     return "\n".join(lines)
+
+
+def level_lines(r: dict[str, Any]) -> list[str]:
+    """The level, and what it was to cost and has cost."""
+    budget = f", for a budget of {r['budget_bits_per_weight']:.4f} bits a weight" if r["budget_bits_per_weight"] else ""
+    return [f"  level             {r['level']:.6g}{budget}",
+            f"  nats a token      predicted divergence {r['predicted_damage']:.4f}, measured {r['divergence']:.4f}; "
+            f"log-perplexity lost {r['lost']:.4f}"]
 
 
 def budget_lines(r: dict[str, Any]) -> list[str]:

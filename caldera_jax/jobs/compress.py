@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from caldera_jax import allocate
+from caldera_jax import allocate, linear, objective
 from caldera_jax.allocate import ErrorModel, Option
 from caldera_jax.decompose import CalderaConfig
-from caldera_jax.jobs import artifact, calibration, evaluate, report, spread
+from caldera_jax.jobs import artifact, calibration, evaluate, level, report, spread
 from caldera_jax.jobs.artifact import fingerprint
+from caldera_jax.jobs.level import Importance
 from caldera_jax.jobs.run import Run
+from caldera_jax.levels import Curve, LevelConfig, Levelled
 from caldera_jax.linear import CompressedLinear, compress_matrix
 from caldera_jax.models import convert, data, files, llama
 from caldera_jax.models.convert import Model
@@ -39,10 +41,13 @@ class RunConfig:
     hessians: a directory of Hessians as the authors released them, instead of calibrating.
     blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
     in the paper, or on the model whose earlier blocks are compressed already.
-    bits: a budget of stored bits a weight, for which ``allocate`` chooses rank, bits of Q and of L R of every layer
-    (None: all as in ``caldera``, whose rank, q_bits and factor_bits count for nothing otherwise).  allocation: by what;
-    see ``allocate.damage``; "uniform" chooses one for all layers.  ranks: to choose from (None: ``allocate.grid`` of
-    each layer, or any for "uniform"); (0,) shares out the bits of Q alone.
+    bits: a budget of stored bits a weight.
+    level: integers of free rate, all layers at one level (``levels``): at c, or where that is None at what meets the
+    budget.
+    importance: how that of the outputs is estimated.
+    Without ``level`` rates are fixed, as in ``caldera``; with a budget ``allocate`` chooses rank, bits of Q and of L R
+    of every layer.  allocation: by what; see ``allocate.damage``; "uniform" chooses one for all layers.  ranks: to
+    choose from (None: ``allocate.grid`` of each layer, or any for "uniform"); (0,) shares out the bits of Q alone.
     """
 
     model: str
@@ -56,6 +61,9 @@ class RunConfig:
     bits: float | None = None
     allocation: allocate.Rule = "gradient"
     ranks: tuple[int, ...] | None = None
+    level: LevelConfig | None = None
+    c: float | None = None
+    importance: Importance = Importance()
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):
@@ -70,6 +78,14 @@ class RunConfig:
             raise ValueError(f"allocation must be one of {', '.join(get_args(allocate.Rule))}; got {self.allocation!r}")
         if self.bits is not None and not 0 < self.bits < math.inf:
             raise ValueError(f"a budget of {self.bits} bits a weight cannot be met: give a positive number")
+        if self.level is None and self.c is not None or self.level is not None and (
+                (self.bits is None) == (self.c is None)):
+            raise ValueError("one level for all layers has a LevelConfig, and is either given as c or found for a "
+                             f"budget of bits; got {self.level}, bits {self.bits} and c {self.c}")
+        if self.c is not None and not 0 < self.c < math.inf:
+            raise ValueError(f"the level c must be positive and finite, got {self.c}")
+        if self.level is not None:
+            return
         if self.bits is not None and self.activations == "compressed":
             raise ValueError("a budget is shared out before any layer is compressed, so its Moments must be those of "
                              "the dense model: use activations='dense', or give no bits")
@@ -85,7 +101,8 @@ def recorded(value: Any) -> Any:
     """The inverse of ``report.plain``: the RunConfig that a manifest's ``run`` holds as ``config``."""
     if isinstance(value, dict):
         fields = {name: recorded(item) for name, item in value.items()}
-        kinds = {kind.__name__: kind for kind in (RunConfig, Tokens, CalderaConfig)} | artifact.GRIDS
+        kinds = {kind.__name__: kind for kind in (RunConfig, Tokens, CalderaConfig, LevelConfig, Importance)}
+        kinds |= artifact.GRIDS
         return kinds[fields.pop("kind")](**fields) if "kind" in fields else fields
     return tuple(recorded(item) for item in value) if isinstance(value, list) else value
 
@@ -105,27 +122,24 @@ def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[
     model = convert.load(config.model)
     tokens, held_out = texts(config, model)
     check(config, model)
-    most = None if config.bits is None else dearest(config, model) / weights(config, model.config)
+    planned = config.bits is not None and config.level is None
+    most = dearest(config, model) / weights(config, model.config) if planned else None
     run = Run(out, identity(config, model, tokens, held_out))
     if (done := spread.first(run.report())) is not None:
         return done
     clock = report.Clock(spread.first(run.recall("clock")))
     clock.add("load", time.perf_counter() - start)
     origin = report.provenance(config, config.seed)
-    if (base := spread.first(run.recall("base"))) is None:
-        with clock.stage("evaluate base"):
-            base = evaluate.perplexity(model.config, model.params, held_out, title="base perplexity")
-        run.remember("base", base)
+    base = model._replace(params={**model.params, "blocks": list(model.params["blocks"])})
     if not spread.first(run.complete()):
         layers = _blocks(config, model, tokens, run, clock, moments)
         with clock.stage("write"):
             run.write(model, layers)
-    del model  # the dense one
     warn(config, records := run.records())
-    with clock.stage("evaluate compressed"):
+    with clock.stage("evaluate"):
         model = artifact.load(out)
-        value = evaluate.perplexity(model.config, model.params, held_out, title="compressed perplexity")
-    return run.finish(partial(summary, config, origin, everyone(clock), records, base, value, model, most, out))
+        measured = evaluate.compare(model.config, base.params, model.params, held_out, title="perplexity")
+    return run.finish(partial(summary, config, origin, everyone(clock), records, measured, model, most, out))
 
 
 def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock: report.Clock,
@@ -139,6 +153,16 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
     shapes = list(llama.shapes(model.config).values())
     costs = [(m + 0.4 * n) * n for m, n in shapes]  # about as the seconds on a CPU
     slots = spread.assign([costs] * chosen, spread.slots())
+    plan, known, importance = {}, {}, {}
+    if config.level is not None:
+        with clock.stage("gradients"):
+            importance = _importance(config, model, tokens, run, run.work if kept is None else folder)
+        if sequential and config.c is None:  # curves are measured before any block is compressed, on fewer windows
+            first, few = run.work / "first", config.importance.of(tokens)
+            if not spread.first(calibrated(first, chosen)):
+                with clock.stage("calibrate"):
+                    _calibrate(calibration.collect(model.config, model.params, few, chosen), first, range(chosen))
+            known = _curves(config, model, run, clock, first, slots, shapes, importance)
     for group in [[index] for index in range(chosen)] if sequential else [range(chosen)]:
         if config.hessians is None and (sequential or not spread.first(calibrated(folder, chosen))):
             with clock.stage("calibrate"):
@@ -146,11 +170,17 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
             run.remember("clock", clock.stages)
         if not sequential:
             inputs.close()  # its streams
-        plan = {} if config.bits is None else _plan(config, model, tokens, run, clock, folder, slots)
-        with clock.stage("compress"):
-            _layers(run, slots, group, shapes, "compress",
-                    lambda index, i, plan=plan: _layer(config, model, run, clock, folder, plan, index, i))
-            run.wait([f"blocks.{index}.{name}" for index in group for name in llama.LINEARS])
+        if config.level is not None:
+            if not sequential and config.c is None:
+                known = _curves(config, model, run, clock, folder, slots, shapes, importance)
+            with clock.stage("compress"):
+                _at_level(config, model, run, clock, folder, slots, group, shapes, importance, known)
+        else:
+            plan = {} if config.bits is None else _plan(config, model, tokens, run, clock, folder, slots)
+            with clock.stage("compress"):
+                _layers(run, slots, group, shapes, "compress",
+                        lambda index, i, plan=plan: _layer(config, model, run, clock, folder, plan, index, i))
+                run.wait([f"blocks.{index}.{name}" for index in group for name in llama.LINEARS])
         for index in group:
             blocks[index] = run.block(index, blocks[index])
         run.remember("clock", clock.stages)
@@ -215,7 +245,7 @@ def _layer(config: RunConfig, model: Model, run: Run, clock: report.Clock, folde
         key, w, h = _given(config, model, folder, index, i)
         layer, trace = compress_matrix(key, w, h, caldera, path)
         error, *achieved = (float(x) for x in _errors(w, layer, h))
-    row = record(path, layer, error, trace, part)
+    row = record(path, layer, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part)
     if chosen is not None:
         losses = ErrorModel(*([x] for x in achieved[:2]), *achieved[2:])
         (loss,) = allocate.damage(config.allocation, layer.shape, losses, chosen["fisher"])
@@ -223,12 +253,81 @@ def _layer(config: RunConfig, model: Model, run: Run, clock: report.Clock, folde
     run.keep_layer(path, layer, row)
 
 
+def _importance(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, folder: Path) -> dict[str, np.ndarray]:
+    """g of every layer's outputs."""
+    own = config.importance
+    found = level.output_fisher(model, own.of(tokens), config.seed, run, folder)
+    return {path: objective.importance(of.importance(), own.floor, own.shrinkage) for path, of in found.items()}
+
+
+def _curves(config: RunConfig, model: Model, run: Run, clock: report.Clock, folder: Path,
+            slots: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]],
+            importance: dict[str, np.ndarray]) -> dict[str, Curve]:
+    with clock.stage("measure"):
+        return level.curves(config.level, run, config.bits, shapes, len(slots),
+                            partial(_given, config, model, folder), importance,
+                            lambda group, work: _layers(run, slots, group, shapes, "measure", work))
+
+
+def _at_level(config: RunConfig, model: Model, run: Run, clock: report.Clock, folder: Path,
+              slots: Sequence[Sequence[int]], group: Sequence[int], shapes: Sequence[tuple[int, int]],
+              importance: dict[str, np.ndarray], known: dict[str, Curve]) -> None:
+    """Compress these blocks at the level; the last ones again, at another, where all together miss the budget."""
+    paths, name = [f"blocks.{index}.{name}" for index in group for name in llama.LINEARS], f"level.{group[0]}"
+    before = [f"blocks.{index}.{name}" for index in range(group[0]) for name in llama.LINEARS]
+    done = {path: (row["level"], row["bits"]) for path in before for row in [run.recall(path)]}
+    whole = 0 if config.bits is None else budget(config, model.config)
+    tried = spread.first(run.recall(name)) or [
+        config.c or spread.first(level.next_level(config.level, known, done, whole))]
+    while True:
+        run.remember(name, tried)
+        turn = len(tried) - 1
+        _layers(run, slots, group, shapes, "compress", lambda index, i, c=tried[-1], turn=turn: _level_layer(
+            config, model, run, clock, folder, importance, c, turn, index, i))
+        run.wait([f"{path}.at{turn}" for path in paths])
+        if config.bits is None or group[-1] + 1 < len(slots):
+            return
+        found = {path: tuple(run.recall(f"{path}.at{turn}")) for path in paths}
+        total = sum(bits for _, bits in (done | found).values())
+        if level.LEAST * whole <= total <= whole or (turn >= 3 and total <= whole):
+            return
+        if turn >= 6:
+            raise ValueError(f"no level meets {config.bits} bits a weight: the nearest takes "
+                             f"{total / weights(config, model.config):.4f}; raise the budget")
+        known = level.corrected(config.level, known, found)
+        tried = [*tried, spread.first(level.next_level(config.level, known, done, whole))]
+
+
+def _level_layer(config: RunConfig, model: Model, run: Run, clock: report.Clock, folder: Path,
+                 importance: dict[str, np.ndarray], c: float, turn: int, index: int, i: int) -> None:
+    """Compress one layer at level c, and write it, unless it is finished there."""
+    path = f"blocks.{index}.{llama.LINEARS[i]}"
+    if (row := run.recall(path)) is None or row["level"] != c or run.layer(path) is None:
+        with clock.part() as part:
+            _, w, h = _given(config, model, folder, index, i)
+            *parts, damping = linear.at_level(w, h, importance[path], c, config.level, path)
+            layer = linear.packed(*parts, config.level)
+            error, damage = (float(x) for x in _damage(w, layer, h, jnp.asarray(importance[path], h.dtype)))
+        row = record(path, layer, error, damping, [], part) | {"level": c, "predicted_damage": damage}
+        run.keep_layer(path, layer, row)
+    run.keep(f"{path}.at{turn}", [c, row["bits"]])
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _damage(w, layer, h, g):
+    """Relative error, and ½ Σ_i g_i e_i H e_iᵀ."""
+    w = w.astype(h.dtype)
+    e = layer.dense().astype(h.dtype) - w
+    each = jnp.sum((e @ h) * e, axis=1)
+    return ratio(jnp.sum(each), proxy_loss(w, h)), g @ each / 2
+
+
 def _plan(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock: report.Clock, folder: Path,
           slots: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """{path: option, predicted_loss, fisher}; what each layer would lose, the Fisher traces and the plan are kept.
+    """{path: option, predicted_loss, fisher}; what each layer would lose, the Fisher information and the plan are kept.
 
-    Each process measures its own layers and takes the gradients of its own shards of the windows; process 0 solves the
-    plan.
+    Each process measures its own layers; process 0 solves the plan.
     """
     shapes, choices = list(llama.shapes(model.config).values()), offered(config, model)
     paths = {f"blocks.{index}.{name}": name for index in range(len(slots)) for name in llama.LINEARS}
@@ -236,13 +335,12 @@ def _plan(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock: 
         _layers(run, slots, range(len(slots)), shapes, "measure",
                 lambda index, i: _measure(config, model, run, folder, choices, index, i))
         run.wait([f"{path}.options" for path in paths])
-    shards = [f"fisher.{i}" for i in range(spread.SHARDS)] if config.allocation in ("gradient", "trace") else []
-    with clock.stage("gradients"):
-        _gradients(config, model, tokens, run, shards, len(slots))
-        run.wait(shards)
+    fisher = dict.fromkeys(paths, 0.0)
+    if config.allocation in ("gradient", "trace"):
+        with clock.stage("gradients"):
+            found = level.output_fisher(model, tokens, config.seed, run, run.work)
+        fisher = {path: float(found[path].rows.sum()) for path in paths}
     if spread.rank() == 0 and run.recall("plan") is None:
-        found = [run.recall(shard) for shard in shards]
-        fisher = {path: math.fsum(of.get(path, 0.0) for of in found) for path in paths}
         models = {path: ErrorModel(**run.recall(f"{path}.options")) for path in paths}
         of = llama.shapes(model.config)
         damages = [allocate.damage(config.allocation, of[name], models[path], fisher[path])
@@ -267,24 +365,6 @@ def _measure(config: RunConfig, model: Model, run: Run, folder: Path, choices: d
         run.keep(f"{path}.options", found._asdict())
 
 
-def _gradients(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, shards: Sequence[str],
-               blocks: int) -> None:
-    """The Fisher traces of this process's shards of the windows, each written unless it is there."""
-    key = jax.random.fold_in(jax.random.key(config.seed), model.config.layers * len(llama.LINEARS))  # no layer's
-    edges = [len(tokens) * i // spread.SHARDS for i in range(spread.SHARDS + 1)]
-    devices = jax.local_device_count()
-    own = [[i for i in range(len(shards)) if i * spread.slots() // spread.SHARDS == spread.rank() * devices + device]
-           for device in range(devices)]
-
-    def each(numbers):
-        for i in tqdm(numbers, "gradients", disable=spread.rank() > 0, leave=False, unit="shard"):
-            if run.recall(shards[i]) is None:
-                windows = range(edges[i], edges[i + 1])
-                run.keep(shards[i], calibration.traces(model.config, model.params, tokens, key, windows, blocks))
-
-    spread.on_devices(each, own)
-
-
 @jax.jit
 @jax.default_matmul_precision("highest")
 def _errors(w, layer, h):
@@ -295,25 +375,27 @@ def _errors(w, layer, h):
     return ratio(loss, energy), loss, jnp.sum(e * e), energy, jnp.trace(h)
 
 
-def record(path: str, layer: CompressedLinear, error: float, trace, part: dict[str, float]) -> dict[str, Any]:
+def record(path: str, layer: CompressedLinear, error: float, damping: float, half_steps: list[float],
+           part: dict[str, float]) -> dict[str, Any]:
     """What the report says of one layer.  ``bits``: all stored bits of the layer; ``error``: against the undamped H."""
-    (m, n), used = layer.shape, (layer.q, layer.left_t, layer.right)
-    q_bits, *factor_bits = (grid.code_bits / grid.block if part is not None else 0
-                            for grid, part in zip(layer.grids, used, strict=True))
-    return {"path": path, "shape": [m, n], "error": error, "bits": layer.stored_bits,
-            "bits_per_weight": layer.stored_bits / (m * n), "rank": layer.rank, "q_bits": q_bits,
-            "factor_bits": factor_bits, "damping": float(trace.damping),
-            "half_step_errors": [round(float(e), 6) for e in trace.error],
-            "seconds": round(part["seconds"], 3), "compile_seconds": round(part["compile_seconds"], 3),
-            "process": spread.rank()}
+    (m, n), parts = layer.shape, layer.bits_of_parts()
+    sizes, used = (m * n, m * layer.rank, n * layer.rank), (layer.q, layer.left_t, layer.right)
+    q_bits, *factor_bits = (0 if part is None else bits / size if isinstance(part, Levelled) else
+                            grid.code_bits / grid.block
+                            for grid, part, bits, size in zip(layer.grids, used, parts[:3], sizes, strict=True))
+    return {"path": path, "shape": [m, n], "error": error, "bits": sum(parts), "bits_per_weight": sum(parts) / (m * n),
+            "rank": layer.rank, "q_bits": q_bits, "factor_bits": factor_bits, "damping": damping,
+            "half_step_errors": half_steps, "seconds": round(part["seconds"], 3),
+            "compile_seconds": round(part["compile_seconds"], 3), "process": spread.rank()}
 
 
 def warn(config: RunConfig, records: list[dict[str, Any]]) -> None:
     """Name the layers whose Hessian needed more damping than asked for."""
+    asked = (config.level or config.caldera).damping
     for row in records if spread.rank() == 0 else ():
-        if row["damping"] > 1.01 * max(config.caldera.damping, 1e-12):
-            print(f"{row['path']}: the Hessian is not positive definite with damping {config.caldera.damping:g}; "
-                  f"raised to {row['damping']:g}")
+        if row["damping"] > 1.01 * max(asked, 1e-12):
+            print(f"{row['path']}: the Hessian is not positive definite with damping {asked:g}; raised to "
+                  f"{row['damping']:g}")
 
 
 def everyone(clock: report.Clock) -> tuple[dict[str, dict[str, float]], int]:
@@ -327,23 +409,27 @@ def everyone(clock: report.Clock) -> tuple[dict[str, dict[str, float]], int]:
     return stages, int(each[:, :, 2].max(1).sum())
 
 
-def summary(config: RunConfig, origin: dict[str, Any], measured: tuple[dict[str, dict[str, float]], int],
-            records: list[dict[str, Any]], base: float, value: float, model: Model, most: float | None,
+def summary(config: RunConfig, origin: dict[str, Any], clocked: tuple[dict[str, dict[str, float]], int],
+            records: list[dict[str, Any]], measured: evaluate.Comparison, model: Model, most: float | None,
             out: Path) -> dict[str, Any]:
-    """The report of a finished run; ``most``: bits a weight that a budget could buy.  Of several processes ``stages``,
+    """The report of a finished run; ``most``: bits a weight that a plan could buy.  Of several processes ``stages``,
     ``seconds`` and ``peak_memory_bytes`` are those of the slowest and of the largest; ``peak_memory_bytes_of_all`` is
     the sum of their peaks."""
     bits = sum(r["bits"] for r in records)
     weights = sum(r["shape"][0] * r["shape"][1] for r in records)
-    sums = {name: sum(r[name] for r in records) for name in ("predicted_loss", "loss")} if config.bits else {}
-    planned = {"budget_bits_per_weight": config.bits, "dearest_bits_per_weight": most,
-               "allocation": config.allocation, **sums} if config.bits else {}
+    sizes = {"budget_bits_per_weight": config.bits} if config.bits or config.level else {}
+    total = lambda *names: {name: sum(r[name] for r in records) for name in names}
+    if config.level is not None:  # the last block's level; with compressed activations others may differ by a little
+        sizes |= {"level": records[-1]["level"], **total("predicted_damage")}
+    elif config.bits:
+        sizes |= {"dearest_bits_per_weight": most, "allocation": config.allocation, **total("predicted_loss", "loss")}
     files = artifact.read_manifest(out)["files"]
-    stages, memory = measured
-    return {"model": config.model, **origin, "processes": spread.count(), "base_perplexity": base,
-            "compressed_perplexity": value,
+    base, value, divergence = (float(np.mean(of, dtype=np.float64)) for of in measured[:3])
+    stages, memory = clocked
+    return {"model": config.model, **origin, "processes": spread.count(), "base_perplexity": math.exp(base),
+            "compressed_perplexity": math.exp(value), "lost": value - base, "divergence": divergence,
             "evaluated_tokens": config.evaluation.windows * (config.evaluation.window - 1),
-            "bits_per_weight": bits / weights, **planned, "stored_bytes": bits // 8, "compressed_weights": weights,
+            "bits_per_weight": bits / weights, **sizes, "stored_bytes": bits // 8, "compressed_weights": weights,
             "model_bytes": artifact.model_bytes(model.params),
             "disk_bytes": sum((out / f).stat().st_size for f in files),
             "mean_layer_error": float(np.mean([r["error"] for r in records])),
@@ -384,13 +470,14 @@ def check(config: RunConfig, model: Model) -> None:
     """Raise ValueError, before any work, for what would fail at some later layer."""
     if config.blocks is not None and config.blocks > model.config.layers:
         raise ValueError(f"blocks={config.blocks}, but {config.model} has {model.config.layers}")
-    if config.bits is not None:
+    rank = config.caldera.rank if config.level is None else config.level.rank
+    if config.bits is not None and config.level is None:
         bits = [bits for _, bits in offered(config, model).values()] * count(config, model.config)
         if config.allocation != "uniform":  # whose options have been made to fit
             allocate.check(bits, budget(config, model.config), weights(config, model.config))
     for name, shape in llama.shapes(model.config).items():
-        if config.bits is None and config.caldera.rank > min(shape):
-            raise ValueError(f"rank {config.caldera.rank} exceeds min(m, n) = {min(shape)} of layer {name} {shape}: "
+        if (config.bits is None or config.level is not None) and rank > min(shape):
+            raise ValueError(f"rank {rank} exceeds min(m, n) = {min(shape)} of layer {name} {shape}: "
                              f"choose a rank of at most {min(min(s) for s in llama.shapes(model.config).values())}")
 
 

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from caldera_jax import hessian, incoherence, kernels, objective
-from caldera_jax.codebooks import Codebook, rounding_error
+from caldera_jax.codebooks import rounding_error
 from caldera_jax.jobs import artifact, calibration
 from caldera_jax.jobs.compress import RunConfig, calibrated, hessians_sha256, recorded
 from caldera_jax.jobs.run import moments_hash
-from caldera_jax.linear import CompressedLinear
+from caldera_jax.levels import DISTORTION, Levelled
+from caldera_jax.linear import CompressedLinear, Grid
 from caldera_jax.models import data, files, llama
 from caldera_jax.models.convert import Model
 
@@ -35,14 +36,16 @@ class LayerTheory(NamedTuple):
 
 
 def account(w: Float[np.ndarray, "m n"], q: Float[np.ndarray, "m n"], low_rank: Float[np.ndarray, "m n"],
-            h: Float[np.ndarray, "n n"], damping: float, rank: int, grid: Codebook | None, bits: float) -> LayerTheory:
+            h: Float[np.ndarray, "n n"], damping: float, rank: int, grid: Grid | None, bits: float,
+            steps: Float[np.ndarray, "m n"] | None = None) -> LayerTheory:
     """What theory says of W ≈ Q + L R, float64, everything in the basis in which Q was rounded.
 
     With E = Q + L R − W, H' = H + damping · mean diagonal · I = lower blockdiag(D) lowerᵀ in blocks of ``grid``, and
     σ² = c ‖W − L R‖²_F / (m n), c the grid's mean squared error on a unit Gaussian:
     error² ∝ tr(E H Eᵀ);  floor² ∝ Σ_{i>k} σᵢ²((W − Q) H^½);  ldlq² ∝ m σ² tr D;  quip_sharp² ∝ g m μ² σ² / n
     tr(H'^½)²;  caldera² ∝ m 4 n λ_max R² / (π (2^B − 1)²) (1 − k/2m)² + m ε, of H, where R is the largest number that Q
-    rounded, max |Q − E lower|, and m ε the excess of the measured loss over the floor's.
+    rounded, max |Q − E lower|, and m ε the excess of the measured loss over the floor's.  Of free rate, with ``steps``:
+    ldlq² ∝ d Σ_ij step_ij² D_j, d what the trellis leaves of a step² at high rate, and the two bounds are of no such.
 
     ``grid`` None: Q is off.  ``bits``: all stored bits a weight.  R and ``ldlq`` are those of the last LDLQ with this
     L R: of no other than a Q rounded last, without downdate, refinement or q_metric="plain".  ``ldlq`` and
@@ -53,7 +56,7 @@ def account(w: Float[np.ndarray, "m n"], q: Float[np.ndarray, "m n"], low_rank: 
     m, n = w.shape
     with jax.enable_x64(True):
         factors = _factor(jnp.asarray(h), damping, grid.block if grid else 1)
-        h, used, _, lower, _ = (np.asarray(a) for a in factors)
+        h, used, _, lower, _ = map(np.asarray, factors)
     e = q + low_rank - w
     energy, loss = (float(np.sum((a @ h) * a)) for a in (w, e))
     relative = partial(_relative, energy=energy)
@@ -63,7 +66,9 @@ def account(w: Float[np.ndarray, "m n"], q: Float[np.ndarray, "m n"], low_rank: 
     if 0 < error < 1:
         limit, own = (objective.rate_distortion_limit(error, w, h, sources) for sources in ("white", "own"))
     ldlq = quip_sharp = caldera = np.nan
-    if grid:
+    if steps is not None:
+        ldlq = relative(DISTORTION[grid.states] * float(np.sum(steps**2 * np.diagonal(np.asarray(factors.root))**2)))
+    elif grid:
         damped, variance = h + used * np.eye(n), rounding_error(grid) * float(np.mean((w - low_rank) ** 2))
         radius = float(np.abs(q - e @ lower[:n, :n]).max())
         excess = max(loss - least, 0.0) / m
@@ -96,8 +101,12 @@ def of_layer(layer: CompressedLinear, w: Float[np.ndarray, "m n"], h: Float[np.n
     with jax.enable_x64(True), kernels.use("jax"):  # rotated in float32, H would lose its small eigenvalues
         found = _rotated(layer, jnp.asarray(w, jnp.float64), jnp.asarray(h, jnp.float64))
     w, h, q, left, right = (np.asarray(part, np.float64) for part in found)
+    steps = None
+    if isinstance(layer.q, Levelled):
+        a, b = (np.asarray(scale) for scale in layer.q.scales(jnp.float32))
+        steps = np.outer(a.astype(np.float64), b)
     return account(w, q, left @ right, h, damping, layer.rank, None if layer.q is None else layer.grids[0],
-                   layer.stored_bits / w.size if bits is None else bits)
+                   layer.stored_bits / w.size if bits is None else bits, steps)
 
 
 @jax.jit

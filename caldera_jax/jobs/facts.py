@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from caldera_jax import incoherence, kernels
+from caldera_jax import incoherence, kernels, levels
 from caldera_jax.jobs import evaluate, explain
-from caldera_jax.linear import CompressedLinear
+from caldera_jax.levels import Levelled
+from caldera_jax.linear import CompressedLinear, size
 from caldera_jax.models import data, files
 
 PARTS = ("codes of Q", "codes of L", "codes of R", "scales", "rotation", "trained factors")
@@ -92,12 +93,11 @@ def _parts(layer):
 
 def bits_of(layer: CompressedLinear) -> dict[str, int]:
     """Stored bits by PARTS, whose sum is ``stored_bits``."""
-    count = lambda tree: sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    parts = layer.q, layer.left_t, layer.right
-    codes = (0 if part is None else count(part.codes) for part in parts)
-    scales = [part.scale for part in parts if part is not None]
-    sides = layer.left_side, layer.right_side
-    return dict(zip(PARTS, (*codes, count(scales), count(sides), count(layer.trained)), strict=True))
+    codes = [0 if part is None else levels.encode(part, grid.states).integers.stored_bits
+             if isinstance(part, Levelled) else size(part.codes)
+             for part, grid in zip((layer.q, layer.left_t, layer.right), layer.grids, strict=True)]
+    *parts, sides, trained = layer.bits_of_parts()
+    return dict(zip(PARTS, (*codes, sum(parts) - sum(codes), sides, trained), strict=True))
 
 
 def examples(rows: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -38,7 +38,7 @@ class Algorithm:
     damping: Float = None
     """added to the Hessian, in units of its mean diagonal."""
     quantizer: Str = None
-    """family of Q's grid: e8p, uniform, dithered or nf."""
+    """family of Q's grid: e8p, uniform, dithered or nf; with a budget, rates are then fixed and planned by layer."""
     factor_quantizer: Str = None
     """family of the factors' grids."""
 
@@ -70,8 +70,24 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Level:
+    """Of compress, with --bits, --megabytes or --level: every weight has a rate of its own."""
+
+    states: Int = None
+    """of the trellis: 1 (scalar), 4, 8 (the default), 16, 32, 64, 128 or 256; more take longer and lose less."""
+    bit_price: Float = None
+    """squared steps that a bit must save; left out: what is best at high rates."""
+    importance_windows: Int = None
+    """of the calibration text, to find from gradients how much each output matters; 16 by default."""
+    importance_floor: Float = None
+    """the least importance of an output, in units of its layer's mean; 0.02 by default."""
+    importance_shrinkage: Float = None
+    """how far importance is drawn towards its layer's mean, from 0 to 1; 0.1 by default."""
+
+
+@dataclass(frozen=True)
 class Budget:
-    """Of compress."""
+    """Of compress, with --bits or --megabytes and a --quantizer: how a plan of fixed rates shares the budget out."""
 
     allocation: Annotated[Literal["gradient", "trace", "error", "uniform"] | None,
                           arg(metavar="{gradient,trace,error,uniform}", help_behavior_hint="")] = None

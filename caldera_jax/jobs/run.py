@@ -119,10 +119,14 @@ class Run:
         files.write_arrays(self.work / f"{path}.safetensors", artifact.layer_arrays(layer))
         self.keep(path, {**row, "meta": artifact.layer_meta(layer)})
 
-    def wait(self, paths: list[str]) -> None:
-        """Wait, for as long as it takes, until all processes have finished these layers; messages between them may be
-        no further than half an hour apart."""
-        while not all((self.work / f"{path}.json").is_file() for path in paths):
+    def wait(self, names: list[str]) -> None:
+        """Wait until all processes have kept these records."""
+        self.wait_for([self.work / f"{name}.json" for name in names])
+
+    def wait_for(self, paths: list[Path]) -> None:
+        """Wait, for as long as it takes, until these files are there: messages between processes may be no further than
+        half an hour apart."""
+        while not all(path.is_file() for path in paths):
             time.sleep(0.2)
         spread.barrier()
 
