@@ -142,5 +142,5 @@ def test_the_probability_of_an_integer_is_that_of_the_gaussian_targets_it_is_the
         found = np.bincount(np.argmin(cost, axis=1), minlength=len(q)) / len(y)
         held = found > 0
         loss = np.sum(found[held] * (bits[held] + np.log2(found[held])))
-        assert loss < 0.03 and (width < -8 or 0.05 < found[table.reach] < 0.999)
+        assert loss < (2e-3 if width < 20 else 0.05)  # the tails of the widest are cut to 12 bits
 
