@@ -115,7 +115,7 @@ def _dense(weight):
     return weight.dense()
 
 
-def codes(part: Packed | Levelled) -> Array:
+def codes(part: Packed | Levelled) -> Array | np.ndarray:
     """Those of a part, a row for each of its rows."""
     return part.integers if isinstance(part, Levelled) else part.codes
 

@@ -11,7 +11,9 @@ from machinery import Experiment, Result, decide, source, with_interval
 from perplexity import moments
 
 from caldera_jax import CalderaConfig
-from caldera_jax.jobs.compress import RunConfig, Tokens, compress
+from caldera_jax.jobs.compress import compress
+from caldera_jax.jobs.settings import RunConfig
+from caldera_jax.models.data import Tokens
 
 RULES = {"uniform": {}, "error": {}, "trace": {}, "gradient": {},
          "gradient, rank 0": {"allocation": "gradient", "ranks": (0,)}}  # Q alone, its bits mixed

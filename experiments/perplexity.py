@@ -16,7 +16,9 @@ from drawing import axes
 from machinery import Experiment, Result, decide, interval, source, with_interval
 
 from caldera_jax import CalderaConfig
-from caldera_jax.jobs.compress import RunConfig, Tokens, compress
+from caldera_jax.jobs.compress import compress
+from caldera_jax.jobs.settings import RunConfig
+from caldera_jax.models.data import Tokens
 
 MEASURED = ("base_perplexity", "compressed_perplexity", "bits_per_weight", "mean_layer_error", "max_layer_error")
 

@@ -18,8 +18,9 @@ from machinery import Experiment, Result, decide, with_interval
 
 from caldera_jax import CalderaConfig
 from caldera_jax.jobs import artifact, evaluate, report
-from caldera_jax.jobs.compress import RunConfig, compress
+from caldera_jax.jobs.compress import compress
 from caldera_jax.jobs.finetune import FinetuneConfig, finetune
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.jobs.student import TrainConfig
 from caldera_jax.models import data
 from caldera_jax.models.data import Tokens

@@ -15,8 +15,8 @@ from typing import Any
 
 import drawing
 
-from caldera_jax.jobs.compress import RunConfig, recorded
 from caldera_jax.jobs.presets import PRESETS
+from caldera_jax.jobs.settings import RunConfig, recorded
 from caldera_jax.models import files
 
 WORK = Path("out/whole_model")

@@ -21,8 +21,11 @@ from caldera_jax import CalderaConfig, allocate, compress_matrix
 from caldera_jax.allocate import ErrorModel, Option
 from caldera_jax.jobs import artifact, calibration, cli
 from caldera_jax.jobs import compress as compress_module
-from caldera_jax.jobs.compress import RunConfig, Tokens, compress
+from caldera_jax.jobs.compress import compress
+from caldera_jax.jobs.run import Run
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.models import convert, files, llama
+from caldera_jax.models.data import Tokens
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 
@@ -132,17 +135,20 @@ def test_only_the_first_blocks_are_given_and_none_that_is_compressed(fishers):
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 2048])
-def test_traces_are_the_sums_of_the_gradients_however_the_windows_are_divided(fishers, monkeypatch, chunk):
+def test_what_outputs_matter_is_the_sum_over_inputs_however_the_windows_are_divided(fishers, monkeypatch, chunk):
     config, params, tokens, key, found = fishers
     monkeypatch.setattr(calibration, "CHUNK", chunk)  # of 1, 2 and all windows
-    shares = [calibration.traces(config, params, tokens, key, windows) for windows in (range(2), range(2, 3), range(0))]
-    for index, of_block in found.items():
-        for name, fisher in of_block.items():
-            path = f"blocks.{index}.{name}"
+    shares = [calibration.output_fisher(config, params, tokens, key, windows)
+              for windows in (range(2), range(2, 3), range(0))]
+    for index, moments in calibration.collect(config, params, tokens):
+        for name, fisher in found[index].items():
+            of = [share[f"blocks.{index}.{name}"] for share in shares if share]
             # of 15 squares at most, added in another order
-            assert sum(share.get(path, 0.0) for share in shares) == pytest.approx(fisher.sum(), rel=1e3 * EPS)
-    first = calibration.traces(config, params, tokens, key, range(3), 1)
-    assert first.keys() == {f"blocks.0.{name}" for name in llama.LINEARS}
+            np.testing.assert_allclose(sum(part.rows for part in of), fisher.sum(1), rtol=1e3 * EPS)
+            trace = np.trace(moments[llama.INPUT_OF[name]].mean())  # in float32
+            assert sum(part.trace for part in of) == pytest.approx(trace, rel=1e-5)
+            whole = calibration.OutputFisher(fisher.sum(1), float(trace))
+            np.testing.assert_allclose(whole.importance() * trace, fisher.sum(1), rtol=1e3 * EPS)
 
 
 def test_no_more_streams_are_kept_than_of_a_chunk(fishers, monkeypatch):
@@ -150,7 +156,7 @@ def test_no_more_streams_are_kept_than_of_a_chunk(fishers, monkeypatch):
     seen, streams = [], calibration._streams
     monkeypatch.setattr(calibration, "_streams", lambda params, some: seen.append(some.size) or streams(params, some))
     monkeypatch.setattr(calibration, "CHUNK", 10)
-    calibration.traces(config, params, np.tile(tokens, (5, 1)), key, range(15))
+    calibration.output_fisher(config, params, np.tile(tokens, (5, 1)), key, range(15))
     assert seen == [10] * 7 + [5]
 
 
@@ -459,22 +465,26 @@ def test_cut_off_anywhere_it_ends_with_the_same_bytes(finished, config, tmp_path
         if stop == "compress":
             interrupt_after(patch, 5)
         else:
-            keep, kept = compress_module.Run.keep, []
+            keep, write, kept = Run.keep, files.write_arrays, []
 
             def cut(self, name, value):
                 kept.append(name)
-                last = {"measure": sum(n.endswith(".options") for n in kept) > 5, "gradients": name == "fisher.5",
-                        "plan": name == "plan"}
-                if last[stop]:
+                if {"measure": sum(n.endswith(".options") for n in kept) > 5, "plan": name == "plan"}.get(stop):
                     raise KeyboardInterrupt
                 keep(self, name, value)
 
-            patch.setattr(compress_module.Run, "keep", cut)
+            def cut_arrays(path, arrays):
+                if stop == "gradients" and path.name.startswith("fisher") and path.stem.endswith("_5"):
+                    raise KeyboardInterrupt
+                write(path, arrays)
+
+            patch.setattr(Run, "keep", cut)
+            patch.setattr(files, "write_arrays", cut_arrays)
         with pytest.raises(KeyboardInterrupt):
             compress(config, tmp_path / "out")
-    done, pulled, original, traces = [], [], allocate.error_model, calibration.traces
+    done, pulled, original, fisher = [], [], allocate.error_model, calibration.output_fisher
     monkeypatch.setattr(allocate, "error_model", lambda *a: done.append(a[-1]) or original(*a))
-    monkeypatch.setattr(calibration, "traces", lambda *a: pulled.append(a[-2]) or traces(*a))
+    monkeypatch.setattr(calibration, "output_fisher", lambda *a: pulled.append(a[-1]) or fisher(*a))
     resumed = compress(config, tmp_path / "out")
     assert len(done) == (9 if stop == "measure" else 0)
     assert len(pulled) == {"measure": 8, "gradients": 3}.get(stop, 0)

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 
+from caldera_jax import LevelConfig
 from caldera_jax.jobs import cli
 
 
@@ -26,32 +27,54 @@ def told(monkeypatch):
     return tell
 
 
+FIXED = ["--quantizer", "e8p"]
+
+
 def test_a_budget_is_bits_a_weight_or_megabytes_of_all_compressed_layers(told, tmp_path):
     model = tiny.write_model(tmp_path / "model")
-    config = told(model, "--out", tmp_path / "out", "--bits", "2.3", "--allocation", "trace")
-    assert (config.bits, config.allocation) == (2.3, "trace")
+    config = told(model, "--out", tmp_path / "out", "--bits", "2.3", "--allocation", "trace", *FIXED)
+    assert (config.bits, config.allocation, config.level) == (2.3, "trace", None)
     weights = 24 * 24 + 2 * 12 * 24 + 24 * 24 + 3 * 40 * 24  # q; k, v; o; gate, up, down
     for more, blocks in (([], 2), (["--blocks", "1"], 1)):
         config = told(model, "--out", tmp_path / "out", "--megabytes", "0.004", "--preset", "default", *more)
-        assert config.bits == pytest.approx(32_000 / (blocks * weights)) and config.allocation == "gradient"
+        assert config.bits == pytest.approx(32_000 / (blocks * weights)) and config.level == LevelConfig()
     plain = told(model, "--out", tmp_path / "out")
-    assert plain.bits is None and plain.ranks is None
+    assert plain.bits is None and plain.ranks is None and plain.level is None
     config = told(model, "--out", tmp_path / "out", "--megabytes", "1", "--ranks", "0", "8", "--preset", "paper",
-                  "--downdate", "False")
+                  "--downdate", "False", *FIXED)
     assert config.ranks == (0, 8) and not config.caldera.downdate
 
 
+def test_a_budget_without_a_grid_of_fixed_rate_is_met_by_one_level(told, tmp_path):
+    model = tiny.write_model(tmp_path / "model")
+    config = told(model, "--out", tmp_path / "out", "--bits", "2", "--states", "64", "--bit-price", "0.2", "--rank",
+                  "4", "--damping", "0.02", "--importance-windows", "5", "--activations", "compressed")
+    assert config.level == LevelConfig(64, 0.2, 4, 0.02) and (config.bits, config.c) == (2, None)
+    assert config.importance.windows == 5 and config.activations == "compressed"
+    config = told(model, "--out", tmp_path / "out", "--level", "0.01", "--preset", "paper")
+    assert config.level == LevelConfig() and (config.bits, config.c) == (None, 0.01)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--bits", "2.3", "--megabytes", "40"], "two words for one budget"),
-    (["--allocation", "trace"], "give --bits or --megabytes"), (["--ranks", "0"], "give --bits or --megabytes"),
-    (["--bits", "2.3", "--preset", "paper"], "add --downdate False"),
-    (["--megabytes", "40", "--preset", "paper"], "add --downdate False"),
+    (["--bits", "2.3", "--megabytes", "40"], "--bits and --megabytes each say how small"),
+    (["--bits", "2.3", "--level", "0.1"], "--bits and --level each say how small"),
+    (["--allocation", "trace", *FIXED], "give --bits or --megabytes"),
+    (["--ranks", "0", *FIXED], "give --bits or --megabytes"),
+    (["--bits", "2.3", "--preset", "paper", *FIXED], "add --downdate False"),
+    (["--megabytes", "40", "--preset", "paper", *FIXED], "add --downdate False"),
     (["--megabytes", "-1"], "give a positive number"),
-    (["--bits", "2.3", "--rank", "8"], "leave out --rank, --q-bits and --factor-bits"),
-    (["--megabytes", "40", "--q-bits", "2"], "leave out --rank, --q-bits and --factor-bits"),
-    (["--bits", "2.3", "--factor-bits", "2"], "leave out --rank, --q-bits and --factor-bits"),
-    (["--bits", "0"], "give a positive number"),
-    (["--bits", "2.3", "--activations", "compressed"], "activations='dense'"),
+    (["--bits", "2.3", "--rank", "8", *FIXED], "--rank: a budget of fixed rates chooses it"),
+    (["--megabytes", "40", "--q-bits", "2", *FIXED], "--q-bits: a budget of fixed rates chooses it"),
+    (["--bits", "2.3", "--factor-bits", "2", *FIXED], "--factor-bits: a budget of fixed rates chooses it"),
+    (["--bits", "2.3", "--q-bits", "2"], "--q-bits: of fixed rates, and with --bits each weight has a rate of its own"),
+    (["--level", "1", "--rotation", "none", "--ranks", "8"], "--ranks, --rotation: of fixed rates"),
+    (["--states", "8"], "--states: of one level for all weights"),
+    (["--level", "1", *FIXED], "--level: of one level for all weights"),
+    (["--bits", "2.3", "--states", "7"], "states must be one of 1, 4, 8"),
+    (["--bits", "2.3", "--importance-windows", "0"], "importance_windows must be at least 1"),
+    (["--level", "0"], "the level c must be positive"),
+    (["--bits", "0"], "give a positive number"), (["--bits", "0", *FIXED], "give a positive number"),
+    (["--bits", "2.3", "--activations", "compressed", *FIXED], "activations='dense'"),
 ])
 def test_a_budget_that_contradicts_itself_is_refused_in_one_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr("sys.argv", ["caldera", "compress", "no-such-model", "--out", "nowhere", *arguments])

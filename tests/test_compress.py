@@ -14,8 +14,11 @@ import tiny
 from caldera_jax import CalderaConfig, linear
 from caldera_jax.jobs import artifact, calibration, cli, evaluate, report
 from caldera_jax.jobs import compress as compress_module
-from caldera_jax.jobs.compress import Run, RunConfig, Tokens, compress, memory_need
+from caldera_jax.jobs.compress import compress, memory_need
+from caldera_jax.jobs.run import Run
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.models import convert, data, files, llama, weights
+from caldera_jax.models.data import Tokens
 
 CALDERA = CalderaConfig(rank=3, outer_iterations=2, inner_iterations=1, quantizer="uniform", q_bits=3,
                         factor_quantizer="uniform")
@@ -382,8 +385,11 @@ def test_a_damaged_missing_or_foreign_file_is_named(finished, tmp_path):
         artifact.load(out)
     manifest = json.loads((out / artifact.MANIFEST).read_text())
     (out / artifact.MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match="format 99.*reads formats 1 and 2"):
+    with pytest.raises(ValueError, match="format 99.*reads formats 1 to 3"):
         artifact.load(out)
+    second = {name: value for name, value in manifest.items() if name != "sha256"} | {"format": 2}
+    (out / artifact.MANIFEST).write_text(json.dumps(second))
+    assert artifact.read_manifest(out)["layers"] == manifest["layers"]
     first = {name: value for name, value in manifest.items() if name not in ("special", "sha256")} | {"format": 1}
     (out / artifact.MANIFEST).write_text(json.dumps(first))
     (out / block.name).write_bytes((finished[0] / block.name).read_bytes())

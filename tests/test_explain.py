@@ -29,10 +29,12 @@ from caldera_jax import (
     objective,
 )
 from caldera_jax.jobs import artifact, calibration, cli, explain, report
-from caldera_jax.jobs.compress import RunConfig, Tokens, compress, recorded
+from caldera_jax.jobs.compress import compress
+from caldera_jax.jobs.settings import RunConfig, recorded
 from caldera_jax.ldlq import ldlq
 from caldera_jax.lplr import LowRank
 from caldera_jax.models import convert, files, llama
+from caldera_jax.models.data import Tokens
 
 ldlq = jax.jit(ldlq, static_argnums=1)
 SHAPES = ((16, 24), (24, 16), (10, 13))

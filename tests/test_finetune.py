@@ -18,8 +18,9 @@ from test_compress import weight_files
 from caldera_jax import CalderaConfig, apply, compress_matrix, packing
 from caldera_jax.jobs import artifact, cli, finetune, training
 from caldera_jax.jobs import student as students
-from caldera_jax.jobs.compress import RunConfig, compress
+from caldera_jax.jobs.compress import compress
 from caldera_jax.jobs.finetune import FinetuneConfig
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.jobs.student import Batch, TrainConfig, loosen
 from caldera_jax.linear import CompressedLinear
 from caldera_jax.models import files, llama, weights

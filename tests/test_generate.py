@@ -193,11 +193,12 @@ def write_packed(out, config):
     rng, layers = np.random.default_rng(0), {}
     table, gain = (config.vocab, config.dim), np.ones(config.dim, np.float32)
     for i in range(config.layers):
-        block = {"attn_norm": gain, "ffn_norm": gain}
+        arrays = {"attn_norm": gain, "ffn_norm": gain}
         for name, (m, n) in llama.shapes(config).items():
-            block[name] = random_layer(rng, m, n, codebooks.E8P())
-            layers[f"blocks.{i}.{name}"] = artifact.layer_meta(block[name])
-        files.write_arrays(out / artifact.block_file(i), artifact.block_arrays(block))
+            layer = random_layer(rng, m, n, codebooks.E8P())
+            layers[f"blocks.{i}.{name}"] = artifact.layer_meta(layer)
+            arrays |= {f"{name}.{field}": array for field, array in artifact.layer_arrays(layer).items()}
+        files.write_arrays(out / artifact.block_file(i), arrays)
     rest = {name: rng.standard_normal(table).astype(np.float32) for name in ("embed", "head")} | {"norm": gain}
     artifact.finish(out, Model(config, rest, byte_tokenizer(), "random"), layers, {"config": {}})
     return out

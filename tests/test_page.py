@@ -19,9 +19,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from caldera_jax import CalderaConfig, Decomposition, codebooks, incoherence, linear
 from caldera_jax.jobs import artifact, evaluate, explain, facts, markup
 from caldera_jax.jobs import page as module
-from caldera_jax.jobs.compress import RunConfig, Tokens, compress, texts
+from caldera_jax.jobs.compress import compress, texts
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.lplr import LowRank
 from caldera_jax.models import convert, files, llama, weights
+from caldera_jax.models.data import Tokens
 
 CALDERA = CalderaConfig(rank=3, outer_iterations=1, inner_iterations=1, quantizer="uniform", q_bits=3,
                         factor_quantizer="uniform")

@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 import caldera_jax as cj
-from caldera_jax.jobs.compress import RunConfig, Tokens
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.models import llama, weights
+from caldera_jax.models.data import Tokens
 
 TUTORIALS = sorted((Path(__file__).parents[1] / "experiments" / "tutorials").glob("*.py"))
 DENSE, FORWARD = jax.jit(cj.CompressedLinear.dense), jax.jit(llama.forward, static_argnums=0)

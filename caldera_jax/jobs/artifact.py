@@ -195,17 +195,6 @@ def _grid(meta: dict[str, Any] | None) -> Grid | None:
     return GRIDS[fields.pop("kind")](**fields)
 
 
-def block_arrays(block: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """All arrays of a block, dense or compressed, by name."""
-    arrays = {}
-    for name, value in block.items():
-        if isinstance(value, CompressedLinear):
-            arrays |= {f"{name}.{field}": array for field, array in layer_arrays(value).items()}
-        else:
-            arrays[name] = np.asarray(value)
-    return arrays
-
-
 def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run: Any) -> None:
     """Write what is not a block's, then the manifest.  ``layers``: path -> ``layer_meta`` of the compressed layers."""
     files.write_arrays(directory / REST, {name: np.asarray(v) for name, v in weights.rest(model.params).items()})

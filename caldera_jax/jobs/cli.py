@@ -18,7 +18,7 @@ from tqdm import tqdm
 from caldera_jax.allocate import UNITS
 from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page, spread
 from caldera_jax.jobs.compress import compress as run_compress
-from caldera_jax.jobs.compress import memory_need, recorded, weights
+from caldera_jax.jobs.compress import memory_need
 from caldera_jax.jobs.finetune import finetune as run_finetune
 from caldera_jax.jobs.options import (
     Algorithm,
@@ -35,6 +35,7 @@ from caldera_jax.jobs.options import (
 )
 from caldera_jax.jobs.presets import PRESETS, TRAININGS
 from caldera_jax.jobs.report import config_hash
+from caldera_jax.jobs.settings import recorded, weights
 from caldera_jax.levels import LevelConfig
 from caldera_jax.models import convert, data, files
 from caldera_jax.models.convert import Model as Loaded

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from caldera_jax import hessian, incoherence, kernels, objective
 from caldera_jax.codebooks import rounding_error
 from caldera_jax.jobs import artifact, calibration
-from caldera_jax.jobs.compress import RunConfig, calibrated, hessians_sha256, recorded
+from caldera_jax.jobs.compress import calibrated, hessians_sha256
 from caldera_jax.jobs.run import moments_hash
+from caldera_jax.jobs.settings import RunConfig, recorded
 from caldera_jax.levels import DISTORTION, Levelled
 from caldera_jax.linear import CompressedLinear, Grid
 from caldera_jax.models import data, files, llama

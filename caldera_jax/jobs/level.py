@@ -1,25 +1,26 @@
 """One level for the whole model: the importance of every output, and the level c that a budget pays for.
 
-Each process takes the gradients of its own shards of the windows and measures its own layers; process 0 solves for c.
+Each process takes the gradients of its own shards of the windows, measures its own layers and compresses them; process
+0 solves for c.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from caldera_jax import levels
+from caldera_jax import levels, linear, objective
 from caldera_jax.jobs import calibration, spread
 from caldera_jax.jobs.calibration import OutputFisher
 from caldera_jax.jobs.run import Run
+from caldera_jax.jobs.settings import budget, count, weights
+from caldera_jax.jobs.work import Work, paths, record
 from caldera_jax.levels import Curve, LevelConfig
 from caldera_jax.linear import at_level
 from caldera_jax.models import files, llama
@@ -27,27 +28,10 @@ from caldera_jax.models.convert import Model
 
 AIM, LEAST = 0.9985, 0.995  # of a budget: what is solved for, and what is enough
 BLOCKS, ROWS = 4, 64  # blocks that are measured first, and rows of a layer
+TRIES = 6
 
-
-@dataclass(frozen=True)
-class Importance:
-    """How g is estimated: from how many of the calibration windows (None: all), and ``objective.importance``."""
-
-    windows: int | None = 16
-    floor: float = 0.02
-    shrinkage: float = 0.1
-
-    def __post_init__(self):
-        if self.windows is not None and self.windows < 1:
-            raise ValueError(f"importance_windows must be at least 1, got {self.windows}")
-        if not 0 <= self.floor < math.inf or not 0 <= self.shrinkage <= 1:
-            raise ValueError("importance needs a floor of at least 0 and a shrinkage from 0 to 1, got "
-                             f"{self.floor} and {self.shrinkage}")
-
-    def of(self, tokens: Int[np.ndarray, "w s"]) -> Int[np.ndarray, "v s"]:
-        """The windows that g is estimated from: as far apart as there are."""
-        count = len(tokens) if self.windows is None else min(self.windows, len(tokens))
-        return tokens[np.arange(count) * len(tokens) // count]
+Outputs = Mapping[str, Float[np.ndarray, " m"]]  # g of each layer's outputs
+Done = Mapping[str, tuple[float, int]]  # the level of each layer, and its bits there
 
 
 def output_fisher(model: Model, tokens: Int[np.ndarray, "w s"], seed: int, run: Run,
@@ -85,49 +69,51 @@ def output_fisher(model: Model, tokens: Int[np.ndarray, "w s"], seed: int, run: 
     return {path: OutputFisher(total[f"{path}.rows"], float(total[f"{path}.trace"])) for path in layers}
 
 
-def measure(config: LevelConfig, run: Run, name: str, path: str, w: Array, h: Array, g: Float[np.ndarray, " m"],
-            c: float | None, bits: float) -> None:
-    """The Curve of one layer, at c or at about what gives so many bits a weight, kept as ``name`` unless it is there.
+def importance(job: Work, tokens: Int[np.ndarray, "w s"], folder: Path) -> Outputs:
+    """g of every layer's outputs; what it is found from is kept in the folder."""
+    own = job.config.importance
+    with job.clock.stage("gradients"):
+        found = output_fisher(job.model, own.of(tokens), job.config.seed, job.run, folder)
+    return {path: objective.importance(of.importance(), own.floor, own.shrinkage) for path, of in found.items()}
+
+
+def curves(job: Work, g: Outputs) -> dict[str, Curve]:
+    """Of every layer, measured near the level that meets the budget.
+
+    Some blocks first, each layer at about the level where it alone would have the budget's bits; then at the level that
+    these curves give; then all blocks at the next.
+    """
+    config, c, found = job.config, None, {}
+    size, number = llama.block_weights(job.model.config), count(job.config, job.model.config)
+    some = range(0, number, -(-number // BLOCKS))
+    with job.clock.stage("measure"):
+        for turn, group in enumerate((some, some, range(number))):
+            job.each(group, "measure", partial(_measure, job, g, c, f"curve{turn}"))
+            names = {path: f"{path}.curve{turn}" for path in paths(group)}
+            job.run.wait(list(names.values()))
+            found = {path: Curve(**job.run.recall(name)) for path, name in names.items()}
+            inside = size * len(group)
+            c = spread.first(levels.solve(list(found.values()), config.bits * inside, config.level.states, inside))
+    return found
+
+
+def _measure(job: Work, g: Outputs, c: float | None, name: str, index: int, i: int) -> None:
+    """The Curve of one layer, kept unless it is there.
 
     64 rows of a layer stand for all: the classes of widths of all rows are counted, and only how many bits the integers
     of a class take is theirs.
     """
-    if run.recall(name) is not None:
+    path, config = f"blocks.{index}.{llama.LINEARS[i]}", job.config
+    if job.run.recall(f"{path}.{name}") is not None:
         return
+    _, w, h = job.given(index, i)
     if c is None:
-        size = float(jnp.mean(jnp.asarray(g, h.dtype) @ jnp.square(w.astype(h.dtype))) / len(w) * jnp.trace(h) / len(h))
-        c = math.sqrt(max(size, 1e-30)) * 2.0**-bits
+        size = g[path] @ np.mean(np.asarray(w, np.float64) ** 2, axis=1) / len(w) * float(jnp.trace(h)) / len(h)
+        c = math.sqrt(max(size, 1e-30)) * 2.0**-config.bits
     some = min(len(w), ROWS)
     rows = np.arange(some) * len(w) // some
-    *parts, _ = at_level(w, h, g, c, config, path, rows)
-    run.keep(name, levels.measure(parts, c, config.states, rows)._asdict())
-
-
-def curves(config: LevelConfig, run: Run, bits: float, shapes: Sequence[tuple[int, int]], blocks: int,
-           given: Callable[[int, int], Any], importance: Mapping[str, Float[np.ndarray, " m"]],
-           layers: Callable[[Sequence[int], Callable[[int, int], None]], None]) -> dict[str, Curve]:
-    """Of every layer of the first blocks, measured near the level that gives so many bits a weight.
-
-    Some blocks first, each layer where it would have so many bits alone; then at the level that these curves give; then
-    all blocks there.  ``given(block, i)``: key, W and H; ``layers(blocks, work)``: work(block, i) for those that are
-    this process's.
-    """
-    some = range(0, blocks, -(-blocks // BLOCKS))
-    c, found = None, {}
-    for turn, group in enumerate((some, some, range(blocks))):
-
-        def work(index, i, c=c, turn=turn):
-            path = f"blocks.{index}.{llama.LINEARS[i]}"
-            _, w, h = given(index, i)
-            measure(config, run, f"{path}.curve{turn}", path, w, h, importance[path], c, bits)
-
-        layers(group, work)
-        paths = [f"blocks.{index}.{name}" for index in group for name in llama.LINEARS]
-        run.wait([f"{path}.curve{turn}" for path in paths])
-        found = {path: Curve(**run.recall(f"{path}.curve{turn}")) for path in paths}
-        weights = sum(math.prod(shape) for shape in shapes) * len(group)
-        c = spread.first(levels.solve(list(found.values()), bits * weights, config.states, weights))
-    return found
+    *parts, _ = at_level(w, h, g[path], c, config.level, path, rows)
+    job.run.keep(f"{path}.{name}", levels.measure(parts, c, config.level.states, rows)._asdict())
 
 
 def next_level(config: LevelConfig, known: Mapping[str, Curve], done: Mapping[str, tuple[float, int]],
@@ -148,3 +134,54 @@ def corrected(config: LevelConfig, known: Mapping[str, Curve],
         return curve._replace(counts=[ratio * count for count in curve.counts])
 
     return {path: right(curve, *done[path]) if path in done else curve for path, curve in known.items()}
+
+
+def compress(job: Work, group: range | list[int], g: Outputs, known: Mapping[str, Curve]) -> None:
+    """Compress these blocks at the level given, or at the one that meets the budget as the curves predict it; the last
+    of all again, at another, where all together do not."""
+    config, _, run, clock, _ = job
+    name, own, before = f"level.{group[0]}", paths(group), paths(range(group[0]))
+    done = {path: (row["level"], row["bits"]) for path in before for row in [run.recall(path)]}
+    whole = budget(config, job.model.config) if config.bits else math.inf
+    tried = spread.first(run.recall(name)) or [
+        config.c or spread.first(next_level(config.level, known, done, whole))]
+    while True:
+        run.remember(name, tried)
+        turn = f"at{len(tried)}"
+        with clock.stage("compress"):
+            job.each(group, "compress", partial(_layer, job, g, tried[-1], turn))
+            run.wait([f"{path}.{turn}" for path in own])
+        found = {path: tuple(run.recall(f"{path}.{turn}")) for path in own}
+        total = sum(bits for _, bits in (done | found).values())
+        last = group[-1] + 1 == count(config, job.model.config)
+        if not config.bits or not last or LEAST * whole <= total <= whole:
+            return
+        if len(tried) == TRIES:
+            raise ValueError(f"no level found takes {config.bits} bits a weight, up to 0.5 % less: the nearest takes "
+                             f"{total / weights(config, job.model.config):.4f}; give another budget")
+        known = corrected(config.level, known, found)
+        tried = [*tried, spread.first(next_level(config.level, known, done, whole))]
+
+
+def _layer(job: Work, g: Outputs, c: float, turn: str, index: int, i: int) -> None:
+    """Compress one layer at level c, and write it, unless it is finished there."""
+    path, run = f"blocks.{index}.{llama.LINEARS[i]}", job.run
+    if (row := run.recall(path)) is None or row["level"] != c or run.layer(path) is None:
+        with job.clock.part() as part:
+            _, w, h = job.given(index, i)
+            *parts, damping = at_level(w, h, g[path], c, job.config.level, path)
+            layer = linear.packed(*parts, job.config.level)
+            error, damage = map(float, _damage(w, layer, h, jnp.asarray(g[path], h.dtype)))
+        row = record(path, layer, error, damping, [], part) | {"level": c, "predicted_damage": damage}
+        run.keep_layer(path, layer, row)
+    run.keep(f"{path}.{turn}", [c, row["bits"]])
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _damage(w, layer, h, g):
+    """Relative error, and ½ Σ_i g_i e_i H e_iᵀ."""
+    w = w.astype(h.dtype)
+    e = layer.dense().astype(h.dtype) - w
+    each = jnp.sum((e @ h) * e, axis=1)
+    return objective.ratio(jnp.sum(each), objective.proxy_loss(w, h)), g @ each / 2

@@ -1,9 +1,10 @@
 """What ``--preset`` stands for: the settings of compressions and of trainings by name."""
 
 from caldera_jax.decompose import CalderaConfig
-from caldera_jax.jobs.compress import RunConfig, Tokens
 from caldera_jax.jobs.finetune import FinetuneConfig
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.jobs.student import TrainConfig
+from caldera_jax.models.data import Tokens
 
 PRESETS = {
     # About a minute: the first two blocks, few tokens, few iterations.

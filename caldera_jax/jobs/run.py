@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -144,10 +145,21 @@ class Run:
         """Write the artifact: every block's file, the rest, the manifest."""
         if spread.rank() == 0:
             for index, block in enumerate(model.params["blocks"]):
-                files.write_arrays(self.out / artifact.block_file(index), artifact.block_arrays(block))
+                files.write_arrays(self.out / artifact.block_file(index), self._arrays(index, block, layers))
             metas = {path: self._read(self.work / f"{path}.json")["meta"] for path in layers}
             artifact.finish(self.out, model, metas, self.identity)
         spread.barrier()
+
+    def _arrays(self, index: int, block: Mapping[str, Any], layers: list[str]) -> dict[str, np.ndarray]:
+        """All arrays of a block, by name; those of its finished layers as they lie on the disk."""
+        arrays = {}
+        for name in block:
+            if (path := f"blocks.{index}.{name}") in layers:
+                stored = files.read_arrays(self.work / f"{path}.safetensors")
+                arrays |= {f"{name}.{field}": array for field, array in stored.items()}
+            else:
+                arrays[name] = np.asarray(block[name])
+        return arrays
 
     def finish(self, summary: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Write the report and drop the unfinished work."""

@@ -1,0 +1,124 @@
+"""All that decides the result of a run, and what follows from it alone."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Int
+
+from caldera_jax import allocate
+from caldera_jax.decompose import CalderaConfig
+from caldera_jax.jobs import artifact
+from caldera_jax.levels import LevelConfig
+from caldera_jax.models import llama
+from caldera_jax.models.data import Tokens
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How g is estimated: from how many of the calibration windows (None: all), and ``objective.importance``."""
+
+    windows: int | None = 16
+    floor: float = 0.02
+    shrinkage: float = 0.1
+
+    def __post_init__(self):
+        if self.windows is not None and self.windows < 1:
+            raise ValueError(f"importance_windows must be at least 1, got {self.windows}")
+        if not 0 <= self.floor < math.inf or not 0 <= self.shrinkage <= 1:
+            raise ValueError("importance needs a floor of at least 0 and a shrinkage from 0 to 1, got "
+                             f"{self.floor} and {self.shrinkage}")
+
+    def of(self, tokens: Int[np.ndarray, "w s"]) -> Int[np.ndarray, "v s"]:
+        """The windows that g is estimated from: as far apart as there are."""
+        count = len(tokens) if self.windows is None else min(self.windows, len(tokens))
+        return tokens[np.arange(count) * len(tokens) // count]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides the result of a run.
+
+    hessians: a directory of Hessians as the authors released them, instead of calibrating.
+    blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
+    in the paper, or on the model whose earlier blocks are compressed already.
+    bits: a budget of stored bits a weight.
+    level: integers of free rate, all layers at one level (``levels``): at c, or where that is None at what meets the
+    budget.
+    importance: how that of the outputs is estimated.
+    Without ``level`` rates are fixed, as in ``caldera``; with a budget ``allocate`` chooses rank, bits of Q and of L R
+    of every layer.  allocation: by what; see ``allocate.damage``; "uniform" chooses one for all layers.  ranks: to
+    choose from (None: ``allocate.grid`` of each layer, or any for "uniform"); (0,) shares out the bits of Q alone.
+    """
+
+    model: str
+    caldera: CalderaConfig = CalderaConfig()
+    calibration: Tokens = Tokens()
+    evaluation: Tokens = Tokens(windows=32)
+    activations: Literal["dense", "compressed"] = "dense"
+    blocks: int | None = None
+    seed: int = 0
+    hessians: str | None = None
+    bits: float | None = None
+    allocation: allocate.Rule = "gradient"
+    ranks: tuple[int, ...] | None = None
+    level: LevelConfig | None = None
+    c: float | None = None
+    importance: Importance = Importance()
+
+    def __post_init__(self):
+        if self.activations not in ("dense", "compressed"):
+            raise ValueError(f"activations must be 'dense' or 'compressed', got {self.activations!r}")
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"blocks must be at least 1, got {self.blocks}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2^32 - 1, got {self.seed}")
+        if self.evaluation.window < 2:
+            raise ValueError(f"perplexity needs windows of at least 2 tokens, got {self.evaluation.window}")
+        if self.allocation not in get_args(allocate.Rule):
+            raise ValueError(f"allocation must be one of {', '.join(get_args(allocate.Rule))}; got {self.allocation!r}")
+        if self.bits is not None and not 0 < self.bits < math.inf:
+            raise ValueError(f"a budget of {self.bits} bits a weight cannot be met: give a positive number")
+        if self.level is None and self.c is not None or self.level is not None and (
+                (self.bits is None) == (self.c is None)):
+            raise ValueError("one level for all layers has a LevelConfig, and is either given as c or found for a "
+                             f"budget of bits; got {self.level}, bits {self.bits} and c {self.c}")
+        if self.c is not None and not 0 < self.c < math.inf:
+            raise ValueError(f"the level c must be positive and finite, got {self.c}")
+        if self.level is not None:
+            return
+        if self.bits is not None and self.activations == "compressed":
+            raise ValueError("a budget is shared out before any layer is compressed, so its Moments must be those of "
+                             "the dense model: use activations='dense', or give no bits")
+        if self.bits is not None and self.caldera.downdate:
+            raise ValueError("a budget is shared out by what layers lose without the downdate, which would spoil the "
+                             "plan: add --downdate False (downdate=False), or give no budget")
+        if self.ranks is not None and (self.bits is None or not self.ranks or min(self.ranks) < 0):
+            raise ValueError("ranks are what a budget of bits chooses from, one or more numbers from 0 on; got "
+                             f"{self.ranks} and {'no' if self.bits is None else 'a'} budget: give both or neither")
+
+
+def recorded(value: Any) -> Any:
+    """The inverse of ``report.plain``: the RunConfig that a manifest's ``run`` holds as ``config``."""
+    if isinstance(value, dict):
+        fields = {name: recorded(item) for name, item in value.items()}
+        kinds = {kind.__name__: kind for kind in (RunConfig, Tokens, CalderaConfig, LevelConfig, Importance)}
+        kinds |= artifact.GRIDS
+        return kinds[fields.pop("kind")](**fields) if "kind" in fields else fields
+    return tuple(recorded(item) for item in value) if isinstance(value, list) else value
+
+
+def count(config: RunConfig, model: llama.LlamaConfig) -> int:
+    """Number of blocks that a run compresses."""
+    return model.layers if config.blocks is None else config.blocks
+
+
+def weights(config: RunConfig, model: llama.LlamaConfig) -> int:
+    """Number of weights that a run compresses."""
+    return count(config, model) * llama.block_weights(model)
+
+
+def budget(config: RunConfig, model: llama.LlamaConfig) -> float:
+    """Bits that a run may store."""
+    return config.bits * weights(config, model)

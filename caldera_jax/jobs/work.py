@@ -1,0 +1,80 @@
+"""The layers of a run: what is given of each, who works on it, and what is recorded of it."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from tqdm import tqdm
+
+from caldera_jax.jobs import calibration, report, spread
+from caldera_jax.jobs.run import Run
+from caldera_jax.jobs.settings import RunConfig, count
+from caldera_jax.levels import Levelled
+from caldera_jax.linear import CompressedLinear
+from caldera_jax.models import llama
+from caldera_jax.models.convert import Model
+
+
+class Work(NamedTuple):
+    """A run on its way; ``folder``: of the Moments."""
+
+    config: RunConfig
+    model: Model
+    run: Run
+    clock: report.Clock
+    folder: Path
+
+    def given(self, index: int, i: int) -> tuple[Array, Array, Array]:
+        """(key, W, H) of layer i of a block."""
+        name = llama.LINEARS[i]
+        source = llama.INPUT_OF[name]
+        key = jax.random.fold_in(jax.random.key(self.config.seed), index * len(llama.LINEARS) + i)
+        w = jnp.asarray(self.model.params["blocks"][index][name])
+        if self.config.hessians is None:
+            return key, w, calibration.load_moments(calibration.spilled(self.folder, index, source))[source].mean()
+        hessians = Path(self.config.hessians)
+        return key, w, jnp.asarray(calibration.released(hessians, self.model.config, index, source))
+
+    def each(self, group: Sequence[int], title: str, work: Callable[[int, int], None]) -> None:
+        """work(block, i) for each layer of these blocks that is this process's, on its device."""
+        shapes, devices = list(llama.shapes(self.model.config).values()), jax.local_device_count()
+        costs = [(m + 0.4 * n) * n for m, n in shapes]  # about as the seconds on a CPU
+        slots = spread.assign([costs] * count(self.config, self.model.config), spread.slots())
+        own = [[(index, i) for index in group for i, slot in enumerate(slots[index])
+                if slot == spread.rank() * devices + device] for device in range(devices)]
+        title = title if spread.count() == 1 else f"{title} (1 of {spread.count()} processes)"
+        total = sum(math.prod(shapes[i]) for items in own for _, i in items)
+        with tqdm(total=total, unit="weight", unit_scale=True, desc=title, disable=spread.rank() > 0) as progress:
+
+            def of_device(items):
+                for index, i in items:
+                    progress.set_postfix_str(paths([index])[i])
+                    work(index, i)
+                    progress.update(math.prod(shapes[i]))
+
+            spread.on_devices(of_device, own)
+
+
+def paths(group: Sequence[int]) -> list[str]:
+    """Of the layers of these blocks."""
+    return [f"blocks.{index}.{name}" for index in group for name in llama.LINEARS]
+
+
+def record(path: str, layer: CompressedLinear, error: float, damping: float, half_steps: list[float],
+           part: dict[str, float]) -> dict[str, Any]:
+    """What the report says of one layer.  ``bits``: all stored bits of the layer; ``error``: against the undamped H."""
+    (m, n), parts = layer.shape, layer.bits_of_parts()
+    sizes, used = (m * n, m * layer.rank, n * layer.rank), (layer.q, layer.left_t, layer.right)
+    q_bits, *factor_bits = (0 if part is None else bits / size if isinstance(part, Levelled) else
+                            grid.code_bits / grid.block
+                            for grid, part, bits, size in zip(layer.grids, used, parts[:3], sizes, strict=True))
+    return {"path": path, "shape": [m, n], "error": error, "bits": sum(parts), "bits_per_weight": sum(parts) / (m * n),
+            "rank": layer.rank, "q_bits": q_bits, "factor_bits": factor_bits, "damping": damping,
+            "half_step_errors": half_steps, "seconds": round(part["seconds"], 3),
+            "compile_seconds": round(part["compile_seconds"], 3), "process": spread.rank()}
+
+
