@@ -81,9 +81,8 @@ def tables(spacing: int) -> Tables:
     for _ in range(6):
         drawn = np.clip(PRICE[spacing] * np.diff(bits) / (2 * spacing), -0.45 * spacing, 0.45 * spacing)
         edges = np.pad((q[..., 1:] + q[..., :-1]) / 2 + drawn, ((0, 0), (0, 0), (1, 1)), constant_values=np.inf)
-        low, high = -np.abs(edges[..., :-1]) / sigma, -np.abs(edges[..., 1:]) / sigma
-        tail = np.where(q > 0, ndtr(low) - ndtr(high), ndtr(high) - ndtr(low))  # of the nearer side: exact
-        p = np.where(q == 0, 1 - ndtr(low) - ndtr(high), tail)
+        low, high = (ndtr(-np.abs(edge) / sigma) for edge in (edges[..., :-1], edges[..., 1:]))
+        p = np.where(q == 0, 1 - low - high, np.abs(low - high))  # of the nearer tail, whose digits are all right
         bits = -np.log2(np.maximum(p, 1e-9))
     kept = (p > 2.0 ** -PRECISION / 2) | (abs(q) <= 2)  # what stands for outliers has one
     kept &= abs(k) < reach

@@ -11,13 +11,14 @@ from functools import cache
 import gguf
 import jax
 import jax.numpy as jnp
+import matrices
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from caldera_jax import hadamard, linear
+from caldera_jax import LevelConfig, hadamard, level, linear
 from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
 from caldera_jax.jobs import artifact, evaluate, export
 from caldera_jax.kernels.matmul import Packed
@@ -145,6 +146,16 @@ def test_the_decoder_in_the_docstring_reads_a_layer_from_its_file(tmp_path, m, n
     found = decoder()["weight"](arrays, meta)
     assert found.shape == (m, n) and found.dtype == np.float64
     assert_close(DENSE(layer), found, max(m, n) * 2.0**-23)
+
+
+@pytest.mark.parametrize(("m", "n", "rank", "states"), [(70, 40, 0, 8), (20, 90, 3, 8), (65, 10, 0, 1), (9, 9, 0, 64)])
+def test_the_decoder_in_the_docstring_reads_a_layer_of_free_rate(m, n, rank, states):
+    w, h = matrices.gaussian(m, n, 0), matrices.hessian("power", n, 0)
+    w[3], w[5, 7] = 0, 300  # a dead row, and an outlier
+    layer = level(w, h, np.linspace(0.1, 3, m), 0.3, LevelConfig(states, rank=rank))
+    found = decoder()["weight"](artifact.layer_arrays(layer), json.loads(json.dumps(artifact.layer_meta(layer))))
+    np.testing.assert_allclose(found, layer.dense(), atol=1e-12)
+    assert rank or len(artifact.layer_arrays(layer)["q.integers.places"]) and not found[3].any()
 
 
 def test_every_lattice_point_is_decoded_alike():

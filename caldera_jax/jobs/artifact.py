@@ -21,6 +21,21 @@ stayed dense, and gains, have their own name alone.  ``rest.safetensors`` has ``
 Fine-tuned, ``left_side`` and ``right_side`` are float16 [m] and [n], the s themselves, and ``trained.0`` [r, m] and
 ``trained.1`` [r, n], bfloat16 or float32, are the first r rows of Lᵀ and R, those of the codes the others.
 
+**A layer of free rate**, grids Integers: W ≈ diag(a) Z diag(b) + L R, a_i = level 2^(row_i / 8), b_j = 2^(column_j/8);
+L [m, k] and R [k, n] are made as Z is, and ``layers`` has k as ``rank``.  Z is range coded, 64 x 64 integers to a lane.
+
+    q.level             float32 or float64 []
+    q.integers.words    uint16 [words]      of all lanes, one lane after the other, lanes in rows of 64 columns
+    q.integers.lengths  uint16 [lanes]      how many words of them
+    q.integers.states   uint32 [lanes]      where the decoder begins
+    q.integers.places   uint32 [outliers]   i n + j of integers that the tables do not hold
+    q.integers.values   int32 [outliers]
+    q.sides.stream.*    the same for small integers: row, spread + row, column, width + column, less ``middles``, 64 to
+                        a column; spread_i + width_j is the class of the width of z_ij, and -64 means all zeros
+    q.sides.middles     int16 [4]
+    q.sides.widths      int8 [4]            class of the width of each
+    left_t.*, right.*   the same for L and R
+
 Bits: b / g a weight of Q; k (m + n) b / g of the grid of L and R; m + n signs; 32 a scale; what fills up rows.  With
 rotation "orthogonal" a side is the Kronecker product of float32 matrices ``left_side.0``, ``left_side.1``; with "none"
 it is missing and the identity.  ``layers`` of the manifest has, for ``blocks.0.q``, ``shape`` [m, n] and ``grids`` of
@@ -32,16 +47,17 @@ Q, Lᵀ and R, with these kinds (c a code):
     Uniform         g = 1, b = bits      2 c / (2^bits - 1) - 1; so has Dithered
     NormalFloat     g = 1, b = bits      level c of the sorted 2^bits: ``codebooks.NormalFloat.levels``
     Half            g = 1, b = 16        the bits of a float16 or bfloat16: ``format``
+    Integers                             coded by a trellis of so many ``states``, above
 
 **T**, orthonormal of order n = 2^a q, q odd, is H ⊗ M / sqrt(n): Sylvester's H of order 2^a, and no M, if q = 1; else,
 where 4 q is at most 256 and 4 | n, M of order 4 q by Paley's first construction (4 q - 1 prime), or else his second
 (2 q - 1 prime), and H of order 2^a / 4.  Order 172, of n = 11008, is Goethals' and Seidel's, as below.  For other q,
 of which 13 is the least, ``hadamard.factor`` says what takes M's place.
 
-**To decode** a layer of grids E8P and ResidualE8P of 4 bits with NumPy alone, from ``arrays`` by these names and the
-``layers`` entry ``meta`` (22 lines, and 26 that write out the lattice's table and the matrices M):
+**To decode** a layer of grids E8P and ResidualE8P of 4 bits, or of Integers, with NumPy alone, from ``arrays`` by these
+names and the ``layers`` entry ``meta``:
 
-    import itertools, numpy as np
+    import itertools, math, numpy as np
 
     triples = ("123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 "
                "045 067 057 047 056 046 014 237").split()
@@ -89,8 +105,66 @@ of which 13 is the least, ``hadamard.factor`` says what takes M's place.
         t = h if power == n else np.kron(h, goethals_seidel() if order == 172 else paley(order))
         return t / np.sqrt(n) * (1.0 - 2 * np.unpackbits(signs, count=n, bitorder="little"))
 
+    def frequencies(spacing):  # of 4096: what is left of a share goes to the largest fractions
+        ndtr = np.vectorize(lambda x: math.erfc(-x / math.sqrt(2)) / 2)
+        width, parity, k = np.meshgrid(range(-24, 45), range(spacing), range(-127, 128), indexing="ij")
+        q, sigma, bits = spacing * k + parity, 2.0 ** (width / 8), np.zeros(k.shape)
+        for _ in range(6):
+            drawn = (0.116, 0.37)[spacing - 1] * np.diff(bits) / (2 * spacing)
+            edges = (q[..., 1:] + q[..., :-1]) / 2 + np.clip(drawn, -0.45 * spacing, 0.45 * spacing)
+            edges = np.pad(edges, ((0, 0), (0, 0), (1, 1)), constant_values=np.inf)
+            low, high = ndtr(-abs(edges[..., :-1]) / sigma), ndtr(-abs(edges[..., 1:]) / sigma)
+            p = np.where(q == 0, 1 - low - high, abs(low - high))
+            bits = -np.log2(np.maximum(p, 1e-9))
+        kept = ((p > 2.0**-13) | (abs(q) <= 2)) & (abs(k) < 127)
+        share = np.where(kept, p, 0) * (4096 - kept.sum(2, keepdims=True)) / np.where(kept, p, 0).sum(2, keepdims=True)
+        whole = np.floor(share).astype(int)
+        for row, of_row, number in zip(*(a.reshape(-1, 255) for a in (whole, share, kept))):
+            row[np.argsort(row - of_row, kind="stable")[:4096 - number.sum() - row.sum()]] += 1
+        return (whole + kept).reshape(-1, 255)
+
+    def integers(arrays, name, row, column, states):
+        spacing, shift, mask = 1 + (states > 1), max(states.bit_length() - 2, 0), states - 1
+        h0, h1 = {1: (0, 0), 4: (5, 2), 8: (11, 4), 16: (19, 4), 32: (37, 8), 64: (67, 20), 128: (157, 86),
+                  256: (333, 242)}[states]
+        words, lengths, x, places = (arrays[f"{name}.{field}"].astype(int)
+                                     for field in ("words", "lengths", "states", "places"))
+        table, (m, n) = frequencies(spacing), (len(row), len(column))
+        ends, words, at = table.cumsum(1), np.append(words, 0), lengths.cumsum() - lengths
+        row, column = (np.pad(a, (0, -len(a) % 64), constant_values=-64).reshape(-1, 64) for a in (row, column))
+        x, at = (a.reshape(len(row), len(column)) for a in (x, at))
+        z = np.zeros((len(row), 64, len(column), 64), int)
+        for j in range(64):
+            state = np.zeros(x.shape, int)
+            for i in range(64):
+                r, c, parity = row[:, i, None], column[:, j], state >> shift
+                live, t = (r > -64) & (c > -64), (np.clip(r + c, -24, 44) + 24) * spacing + parity
+                k = (ends[t] <= (x & 4095)[..., None]).sum(-1)
+                y = table[t, k] * (x >> 12) + (x & 4095) - ends[t, k] + table[t, k]
+                empty = live & (y < 65536)
+                x = np.where(live, np.where(empty, y << 16 | words[at], y), x)
+                at = at + empty
+                z[:, i, :, j] = q = np.where(live, spacing * (k - 127) + parity, 0)
+                after = (state << 1 & mask) ^ (h0 & mask) * parity ^ (h1 & mask) * (q >> 1 & 1)
+                state = np.where(live, after, state)
+        z = np.ascontiguousarray(z.reshape(64 * len(row), -1)[:m, :n])
+        z.flat[places] = arrays[f"{name}.values"]
+        return z
+
+    def levelled(arrays, name, m, n, states):
+        widths, columns = arrays[f"{name}.sides.widths"].astype(int), [-(-size // 64) for size in (m, m, n, n)]
+        sides = integers(arrays, f"{name}.sides.stream", np.zeros(64, int), np.repeat(widths, columns), 1)
+        row, size, column, height = (
+            part.T.ravel()[:length] + middle for part, length, middle in
+            zip(np.split(sides, np.cumsum(columns)[:-1], axis=1), (m, m, n, n), arrays[f"{name}.sides.middles"]))
+        z = integers(arrays, f"{name}.integers", size - row, height - column, states)
+        return float(arrays[f"{name}.level"]) * 2.0 ** (row / 8)[:, None] * z * 2.0 ** (column / 8)
+
     def weight(arrays, meta):
         (m, n), (grid, left, right) = meta["shape"], meta["grids"]
+        if grid["kind"] == "Integers":
+            of, k = lambda name, rows, columns: levelled(arrays, name, rows, columns, grid["states"]), meta.get("rank")
+            return of("q", m, n) + (of("left_t", m, k) @ of("right", k, n) if k else 0)
         w = part(arrays, "q", grid, n)
         w = w + part(arrays, "left_t", left, m).T @ part(arrays, "right", right, n)
         return side(arrays["left_side"], m).T @ w @ side(arrays["right_side"], n)
