@@ -154,7 +154,10 @@ def decode(stream: Stream, row: Int[np.ndarray, " m"], column: Int[np.ndarray, "
     of_row, of_column = (np.ascontiguousarray(a.T, np.int32)
                          for a in (np.repeat(of_row, shape[1], axis=0), np.tile(of_column, (shape[0], 1))))
     first = np.cumsum(stream.lengths, dtype=np.int32) - stream.lengths
-    words = np.append(stream.words, np.uint16(0))
+    room = len(first) * (COLUMNS * SEQUENCE * PRECISION // 16 + 2)  # for as many as there can be: one program a shape
+    if len(stream.words) != stream.lengths.sum(dtype=np.int64) or len(stream.words) >= room:
+        raise ValueError("a stream of coded integers is damaged: its words are not as many as its lanes say")
+    words = np.pad(stream.words, (0, room - len(stream.words)))
     q, ends, read = jax.device_get(_pull(words, first, stream.states, of_row, of_column, states))
     if (ends != START).any() or (read - first != stream.lengths).any() or (stream.places >= m * n).any():
         raise ValueError("a stream of coded integers is damaged, or is read with other scales than it was written with")

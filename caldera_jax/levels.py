@@ -237,7 +237,9 @@ def measure(parts: Sequence[Levelled | None], c: float, states: int, rows: Int[n
         _, q, row, column, spread, width = map(np.asarray, part)
         of_q = spread[rows] if i == 0 else spread
         bits, classes = entropy.bits(q, of_q, width, states)
-        scale = bits.sum() / max(expected[np.clip(classes, *entropy.WIDTHS) - entropy.WIDTHS[0]].sum(), 1e-9)
+        fitted = (1 - len(of_q) / len(spread)) / math.log(4) * len(width)  # what widths fitted to few rows save there
+        predicted = expected[np.clip(classes, *entropy.WIDTHS) - entropy.WIDTHS[0]].sum()
+        scale = (bits.sum() + fitted) / predicted if len(bits) else 1.0
         histograms = (np.bincount(a[a > entropy.DEAD] - entropy.DEAD, minlength=1) for a in (spread, width))
         both = scale * np.convolve(*histograms)
         counts[:len(both)] += both

@@ -312,7 +312,7 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
 
     Args:
         directory: of a compressed model, as compress wrote it.
-        text: enwiki (built in; the part that the run was not calibrated on), a text file, or a directory.
+        text: enwiki or python (built in; the part that no run is calibrated on), a text file, or a directory.
         windows: number of windows of text.
         window: tokens a window.
         context: tokens that a prediction may look back on, itself included; by default --window. With --tasks, the

