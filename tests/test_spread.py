@@ -17,9 +17,10 @@ import tiny
 from caldera_jax.jobs import artifact, calibration, spread
 from caldera_jax.models import convert, files
 
+WINDOWS = ["--calibration-windows", "5", "--calibration-window", "32", "--evaluation-windows", "3",
+           "--evaluation-window", "32"]
 SETTINGS = ["--rank", "0", "--q-bits", "3", "--quantizer", "uniform", "--factor-quantizer", "uniform",
-            "--rotation", "none", "--outer-iterations", "1", "--inner-iterations", "1", "--calibration-windows", "5",
-            "--calibration-window", "32", "--evaluation-windows", "3", "--evaluation-window", "32"]
+            "--rotation", "none", "--outer-iterations", "1", "--inner-iterations", "1", *WINDOWS]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,12 @@ def place(tmp_path_factory):
     return directory
 
 
-def start(place, out, *more, devices=1, model="model"):
+def start(place, out, *more, devices=1, model="model", settings=SETTINGS):
     text = ["--calibration-text", str(place / "text.txt"), "--evaluation-text", str(place / "text.txt")]
     command = [sys.executable, "-m", "caldera_jax.jobs.cli", "compress", str(place / model), "--out", str(out)]
     environment = os.environ | {"CALDERA_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu", "XLA_FLAGS":
                                 f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen([*command, *SETTINGS, *text, *more], env=environment, text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen([*command, *settings, *text, *more], env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
 
@@ -90,6 +91,19 @@ def test_two_processes_calibrate_on_the_compressed_model_as_one_does(place, tmp_
         assert code == 0, error
         found.append(weight_files(tmp_path / processes))
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["dense", "compressed"])
+def test_one_level_gives_the_same_bytes_whatever_the_processes_and_devices(place, tmp_path, activations):
+    found = []
+    for processes, devices in ((1, 1), (2, 1), (0, 8)):
+        out = tmp_path / f"{processes}_{devices}"
+        code, _, error = run(place, out, "--bits", "4", "--activations", activations, "--processes", str(processes),
+                             devices=devices, settings=WINDOWS)
+        assert code == 0, error
+        found.append(weight_files(out))
+    assert found[0] == found[1] == found[2]
 
 
 # ---- ends that were not planned
