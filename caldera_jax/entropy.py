@@ -5,8 +5,8 @@ spacing k + parity, has the probability of all targets that it is the best for: 
 integers have more of them, these cells do not end in the middle between neighbours.  Widths are small integers, the sum
 of one for the row and one for the column, so that all tables are made once and no layer stores one.
 
-Integers lie in lanes of at most 64 x 64, whole sequences of the trellis one after the other.  A lane is a stream of its
-own, of 16-bit words beside a state of 32 bits, and all lanes are coded side by side.
+Integers lie in lanes of at most 64 x 128, whole sequences of the trellis one after the other.  A lane is a stream of
+its own, of 16-bit words beside a state of 32 bits, and all lanes are coded side by side.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ PRECISION = 12  # bits of a frequency: those of a row sum to 4096
 WIDTHS = (-24, 44)  # standard deviations of 1/8 to 45 steps
 DEAD = -64  # the class of a row or column that is all zeros: it is not coded, and the trellis passes it over
 OUTLIER = 64  # bits of an integer that the tables do not hold, place and value
-COLUMNS = 64  # of a lane
+COLUMNS = 128  # of a lane
 START = np.uint32(1 << 16)
 PRICE = {1: 0.116, 2: 0.37}  # λ in steps² a bit: 2 ln 2 D, D the mean square of a rounding (``levels.price``)
 LANE = 48  # bits of a lane beside its words: its state and its length
@@ -123,6 +123,11 @@ def stand_in(q, spacing: int):
     return (q + 2 & 3) - 2 if spacing == 2 else 0 * q
 
 
+def lanes(m: int, n: int) -> tuple[int, int]:
+    """Of a matrix, down and across."""
+    return -(-m // SEQUENCE), -(-n // COLUMNS)
+
+
 def encode(integers: Int[np.ndarray, "m n"], row: Int[np.ndarray, " m"], column: Int[np.ndarray, " n"],
            states: int) -> Stream:
     """The integers as a stream; ``row`` and ``column`` are the classes whose sums are the widths."""
@@ -148,7 +153,7 @@ def decode(stream: Stream, row: Int[np.ndarray, " m"], column: Int[np.ndarray, "
            states: int) -> Int32[np.ndarray, "m n"]:
     """What ``encode`` was given.  ValueError where a stream does not end as it began: damaged, or of other classes."""
     m, n = len(row), len(column)
-    shape = -(-m // SEQUENCE), -(-n // COLUMNS)
+    shape = lanes(m, n)
     of_row = np.pad(row, (0, -m % SEQUENCE), constant_values=DEAD).reshape(-1, SEQUENCE)
     of_column = np.pad(column, (0, -n % COLUMNS), constant_values=DEAD).reshape(-1, COLUMNS)
     of_row, of_column = (np.ascontiguousarray(a.T, np.int32)
@@ -209,7 +214,7 @@ def _best_width(a):
 
 
 def _lanes(a, fill):
-    """[4096, lanes] of a matrix [m, n]: 64 columns of 64 rows, one after the other."""
+    """[8192, lanes] of a matrix [m, n]: 128 columns of 64 rows, one after the other."""
     m, n = a.shape
     a = np.pad(a, ((0, -m % SEQUENCE), (0, -n % COLUMNS)), constant_values=fill)
     a = a.reshape(-1, SEQUENCE, a.shape[1] // COLUMNS, COLUMNS).transpose(3, 1, 0, 2)

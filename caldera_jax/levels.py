@@ -243,8 +243,8 @@ def measure(parts: Sequence[Levelled | None], c: float, states: int, rows: Int[n
         histograms = (np.bincount(a[a > entropy.DEAD] - entropy.DEAD, minlength=1) for a in (spread, width))
         both = scale * np.convolve(*histograms)
         counts[:len(both)] += both
-        lanes = math.prod(-(-size // SEQUENCE) for size in (len(row), len(column)))
-        side += 32 + lanes * entropy.LANE + entropy.encode_classes(_sides(row, spread, column, width)).stored_bits
+        side += 32 + math.prod(entropy.lanes(len(row), len(column))) * entropy.LANE
+        side += entropy.encode_classes(_sides(row, spread, column, width)).stored_bits
     used = np.flatnonzero(counts)
     first, last = (used[0], used[-1]) if len(used) else (0, 0)
     return Curve(c, lowest + int(first), counts[first:last + 1].tolist(), side)
