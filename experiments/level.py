@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,8 +75,6 @@ def rotated(at_level: Callable[..., Any], w, h, *more):
 
 def turned(packed: Callable[..., Any], *parts):
     """The layer that ``rotated`` found, with its rotation."""
-    from dataclasses import replace
-
     layer = packed(*parts)
     return replace(layer, right_side=pack_signs(signs(layer.shape[1])))
 
@@ -99,14 +97,16 @@ PLAIN = "all parts"
 SETTINGS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "scalar integers": {"level": LevelConfig(states=1)}, "64 states": {"level": LevelConfig(states=64)},
-    "bits for nothing": {"level": LevelConfig(bit_price=0.0)}, "half their price": {"level": LevelConfig(bit_price=0.18)},
+    "bits for nothing": {"level": LevelConfig(bit_price=0.0)},
+    "half their price": {"level": LevelConfig(bit_price=0.18)},
     "twice their price": {"level": LevelConfig(bit_price=0.74)},
     "outputs of a layer alike": {"importance": Importance(shrinkage=1.0)}, "layers alike, too": {},
     "columns alike": {}, "inputs rotated": {}, "on compressed blocks": {"activations": "compressed"},
     "importance from 4 windows": {"importance": Importance(windows=4)},
     "importance from 64 windows": {"importance": Importance(windows=64)},
     "importance as estimated": {"importance": Importance(floor=0.0, shrinkage=0.0)},
-    "16 windows of text": {"calibration": 16}, "on python": {"text": "python"}, "on both texts": {"text": "enwiki+python"},
+    "16 windows of text": {"calibration": 16}, "on python": {"text": "python"},
+    "on both texts": {"text": "enwiki+python"},
 }
 
 
@@ -129,8 +129,8 @@ def runs(preset: str) -> list[Config]:
                 for part, bits in ((PLAIN, 4.0), (PLAIN, 5.0), ("scalar integers", 4.0), ("inputs rotated", 4.0))]
     few = ("scalar integers", "bits for nothing", "outputs of a layer alike", "layers alike, too", "columns alike",
            "inputs rotated", "on compressed blocks")
-    tiny = [Config("tiny", part, bits, 32, 256, seed) for part, all_bits in
-            ((PLAIN, (2.0, 2.5, 3.0, 4.0)), *((part, (3.0,)) for part in few)) for bits in all_bits for seed in range(3)]
+    points = [(PLAIN, bits) for bits in (2.0, 2.5, 3.0, 4.0)] + [(part, 3.0) for part in few]
+    tiny = [Config("tiny", part, bits, 32, 256, seed) for part, bits in points for seed in range(3)]
     large = [Config("smollm2-135m", PLAIN, bits, 64, 512, 0) for bits in (2.0, 2.3, 3.0, 1.5, 4.0, 1.0)]
     large += [Config("smollm2-135m", "on both texts", bits, 64, 512, 0) for bits in (2.0, 2.3, 3.0)]
     return large + [Config("smollm2-135m", part, 2.0, 64, 512, 0) for part in SETTINGS
@@ -192,8 +192,8 @@ def verdict(results: Sequence[Result]) -> str:
         lines.append(f"{name}: perplexity on Wikipedia (on program text), dense {first['base_perplexity']:.2f} "
                      f"({first['python']['base_perplexity']:.2f}): {'; '.join(curve)}.")
         share = [r["divergence"] / r["predicted_damage"] for r in cell(results, name, PLAIN)]
-        lines.append(f"{name}: measured divergence {min(share):.2f} to {max(share):.2f} of that predicted, the more the "
-                     "fewer bits.")
+        lines.append(f"{name}: measured divergence {min(share):.2f} to {max(share):.2f} of that predicted, the more "
+                     "the fewer bits.")
         used = [r["bits_per_weight"] / r["config"]["bits"] for r in results if r["config"]["model"] == name]
         lines.append(f"{name}: of the budget {min(used):.2%} to {max(used):.2%} is used.")
         bits, parts = changed_at(results, name)
@@ -204,8 +204,8 @@ def verdict(results: Sequence[Result]) -> str:
             texts = " and ".join(f"{np.mean([r[text]['lost'] if text else r['lost'] for r in rows]):.3f} for "
                                  f"{np.mean([r[text]['lost'] if text else r['lost'] for r in plain]):.3f}"
                                  for text in ("", "python"))
-            lines.append(f"{name}, {bits:g} bits, {part}: divergence {with_interval(ratio)} times as large{decided}; nats "
-                         f"lost on Wikipedia and program text {texts}.")
+            lines.append(f"{name}, {bits:g} bits, {part}: divergence {with_interval(ratio)} times as large{decided}; "
+                         f"nats lost on Wikipedia and program text {texts}.")
     return "\n  ".join(lines)
 
 
@@ -219,8 +219,9 @@ def draw(results: Sequence[Result]):
             rows = cell(results, name, part)
             for text, marker in (("", "o-"), ("python", "s--")):
                 if rows:
-                    left.semilogy([r["bits_per_weight"] for r in rows], [(r[text] if text else r)["lost"] for r in rows],
-                                  f"C{i}{marker}", label=f"{part}: {text or 'enwiki'}")
+                    lost = [(r[text] if text else r)["lost"] for r in rows]
+                    left.semilogy([r["bits_per_weight"] for r in rows], lost, f"C{i}{marker}",
+                                  label=f"{part}: {text or 'enwiki'}")
         left.set(xlabel="stored bits per weight", ylabel="nats lost a token", title=name)
         left.legend()
         rows = [r for r in results if r["config"]["model"] == name]
@@ -243,5 +244,5 @@ def draw(results: Sequence[Result]):
     return figure
 
 
-EXPERIMENT = Experiment("level", "one level for all weights loses half of what fixed rates lose at 2 bits, and every part "
-                        "of it is worth its bits", runs, measure, draw, verdict)
+EXPERIMENT = Experiment("level", "one level for all weights loses half of what fixed rates lose at 2 bits, and every "
+                        "part of it is worth its bits", runs, measure, draw, verdict)
