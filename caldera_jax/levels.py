@@ -42,7 +42,7 @@ class LevelConfig:
     damping: added to H in units of its mean diagonal.
     """
 
-    states: int = 8
+    states: int = 32
     bit_price: float | None = None
     rank: int = 0
     damping: float = 0.01
@@ -59,7 +59,7 @@ class LevelConfig:
 class Integers:
     """What stands in place of a grid of fixed rate: integers of any size, coded by a trellis of so many states."""
 
-    states: int = 8
+    states: int = 32
     block: ClassVar[int] = 1
     group: ClassVar[None] = None
 

@@ -74,11 +74,11 @@ class Level:
     """Of compress, with --bits, --megabytes or --level: every weight has a rate of its own."""
 
     states: Int = None
-    """of the trellis: 1 (scalar), 4, 8 (the default), 16, 32, 64, 128 or 256; more take longer and lose less."""
+    """of the trellis: 1 (scalar), 4, 8, 16, 32 (the default), 64, 128 or 256; more take longer and lose less."""
     bit_price: Float = None
     """squared steps that a bit must save; left out: what is best at high rates."""
     importance_windows: Int = None
-    """of the calibration text, to find from gradients how much each output matters; 16 by default."""
+    """of the calibration text, to find from gradients how much each output matters; 32 by default."""
     importance_floor: Float = None
     """the least importance of an output, in units of its layer's mean; 0.02 by default."""
     importance_shrinkage: Float = None

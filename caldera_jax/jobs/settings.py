@@ -19,7 +19,7 @@ from caldera_jax.models.data import Tokens
 class Importance:
     """How g is estimated: from how many of the calibration windows (None: all), and ``objective.importance``."""
 
-    windows: int | None = 16
+    windows: int | None = 32
     floor: float = 0.02
     shrinkage: float = 0.1
 
