@@ -179,17 +179,17 @@ def test_wrong_steps_of_the_rows_take_the_same_bits_and_lose_as_predicted(kind):
 
 def test_one_step_for_all_columns_loses_the_spread_of_d():
     w, g = common.gaussian(256, 48, 0), np.ones(256)
-    factors = factor(jnp.asarray(common.hessian("power", 48)), 0.001, 1)
+    factors = factor(jnp.asarray(common.hessian("geometric", 48)), 0.001, 1)
     d = np.diagonal(np.asarray(factors.root)) ** 2
     lost = 0.5 * np.log2(np.mean(d) / np.exp(np.mean(np.log(d))))
     assert lost > 0.3
     alike = factors._replace(root=jnp.eye(48) * np.exp(np.mean(np.log(d)) / 2))  # the feedback is that of lower
-    h, root = np.asarray(factors.root @ factors.root.T), factors.root
+    h = np.asarray(factors.root @ factors.root.T)
     gaps = []
     for one in (factors, alike):
         bits, _, e, _ = at_bits(w, one, g, 5.0, 8, 0.0)
         gaps.append(gap(bits, e, w, h))
-    assert root is factors.root and gaps[1] - gaps[0] == pytest.approx(lost, abs=0.04)
+    assert gaps[1] - gaps[0] == pytest.approx(lost, rel=0.2)  # where D is largest the step is no longer fine
 
 
 @pytest.mark.parametrize("states", [1, 8, 64])

@@ -44,7 +44,7 @@ class Config:
     levels: tuple[float, ...] = (2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4)
     alone: float = 1.6e-4
     states: int = 8
-    windows: int = 32
+    windows: int = 16
     seed: int = 0
 
 

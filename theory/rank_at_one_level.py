@@ -14,8 +14,9 @@ more than none.  It pays where that is below 0.
     its rate.  So it does not pay above 0.72 bit a weight, however large its share of ‖W H^½‖² is.
 (3) A spike in W does: with θ fixed and m, n growing Z saves O(m n) bits for O(m + n).
 
-Assumptions.  Gaussian targets of one variance in each matrix, no feedback widening; b is the entropy of the package's
-tables.  Beyond rank 1 the directions add up, each with what the ones before it left.
+Assumptions.  Gaussian targets, no feedback widening; b is the entropy of the package's tables.  In (1) to (3) those of
+a matrix have one variance; predicted bits know, as the coder does, that of each row and column, and take k directions
+together.  Classes of widths and streams' ends are not counted: they are the same for every c, and only against L R.
 
 Proof.  L has orthonormal columns in the metric of g, so that L δR costs tr(δR H δRᵀ), LDLQ's with steps c / √D_j; δL
 costs s² a column, steps c / s, and has the mean square 1 / m.  What Z rounds has lost |R|² of ‖Ŵ‖².  At high rate b(x)
@@ -46,7 +47,7 @@ class Config:
     ranks: tuple[int, ...] = (1, 4, 16, 64)
     bits: tuple[float, ...] = (1.2, 2.0, 3.0)
     widths: tuple[int, ...] = (64, 128, 256)
-    shares: tuple[float, ...] = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+    shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9)
     spectra: tuple[str, ...] = ("flat", "power")
     states: int = 8
     seed: int = 0
@@ -67,12 +68,18 @@ def extra_bits(w: np.ndarray, root: np.ndarray, d: np.ndarray, c: float, ranks, 
     """The statement: bits that each rank takes more than none, a weight; W already times √g."""
     m, n = w.shape
     u, s, _ = np.linalg.svd(w @ root, full_matrices=False)
-    r = u.T @ w
-    left = (np.sum(w**2) - np.concatenate([[0], np.cumsum(np.sum(r**2, axis=1))])) / (m * n)
-    of_z = m * np.array([np.sum(price(np.sqrt(max(x, 0)), c / np.sqrt(d), states)) for x in left[:max(ranks) + 1]])
-    of_r = np.array([np.sum(price(np.linalg.norm(row) / np.sqrt(n), c / np.sqrt(d), states)) for row in r[:max(ranks)]])
-    of_l = m * price(np.sqrt(1 / m), c / s[:max(ranks)], states)
-    return {k: float(of_r[:k].sum() + of_l[:k].sum() + of_z[k] - of_z[0]) / w.size for k in ranks}
+    steps = c / np.sqrt(d)
+    of = lambda a, steps: float(np.sum(price(sizes(a), steps, states)))
+    parts = {k: (u[:, :k], u[:, :k].T @ w) for k in ranks}
+    total = {k: of(w - left @ right, steps) + of(right, steps) + of(left, c / s[:k])
+             for k, (left, right) in parts.items()}
+    return {k: (bits - of(w, steps)) / w.size for k, bits in total.items()}
+
+
+def sizes(a: np.ndarray) -> np.ndarray:
+    """What the coder knows of the numbers of a matrix: the root mean square of the row times that of the column."""
+    rows, columns = (np.sqrt(np.mean(a**2, axis=axis)) for axis in (1, 0))
+    return np.outer(rows, columns) / np.sqrt(np.mean(a**2))
 
 
 def measured_bits(w, h, c: float, rank: int, states: int) -> tuple[float, float]:
@@ -111,16 +118,19 @@ def compare(w, h, bits: float, ranks, states: int, **names) -> list[dict]:
     return rows
 
 
+SPIKES = 8
+
+
 def spiked(m: int, n: int, share: float, seed: int = 0) -> np.ndarray:
-    """White W and a direction of its own that holds this share of ‖W‖²."""
+    """White W and directions of its own that hold this share of ‖W‖²."""
     w = common.gaussian(m, n, seed)
-    spike = np.outer(common.gaussian(1, m, seed + 1)[0], common.gaussian(1, n, seed + 2)[0])
+    spike = common.gaussian(m, SPIKES, seed + 1) @ common.gaussian(SPIKES, n, seed + 2)
     spike *= np.sqrt(share / (1 - share) * np.sum(w**2) / np.sum(spike**2))
     return w + spike
 
 
 def measure(config: Config) -> dict:
-    """Every rank on every layer, and rank 1 on spiked W."""
+    """Every rank on every layer, and that of the spikes on spiked W."""
     layers, spikes = [], []
     for name, (w, h) in common.layers(config.block).items():
         for bits in config.bits:
@@ -129,8 +139,8 @@ def measure(config: Config) -> dict:
     for n in config.widths:
         for kind in config.spectra:
             for share in config.shares:
-                spikes += compare(spiked(2 * n, n, share), common.hessian(kind, n), 2.0, [1], config.states, width=n,
-                                  spectrum=kind, share=share)
+                spikes += compare(spiked(2 * n, n, share), common.hessian(kind, n), 2.0, [SPIKES], config.states,
+                                  width=n, spectrum=kind, share=share)
         print(n, flush=True)
     sign = [(r["predicted"] < 0) == (r["measured"] < 0) for r in spikes]
     return {"layers": layers, "spikes": spikes, "paid": sum(r["measured"] < 0 for r in layers),
@@ -156,38 +166,39 @@ def draw(result: dict):
                         label=f"{2 * n} x {n}, {kind}")
             middle.plot([r["share"] for r in rows], [r["predicted"] for r in rows], f"C{i}-", linewidth=0.7)
     middle.axhline(0, color="0.5", linewidth=0.6)
-    middle.set(xlabel="share of the spike in ‖W‖²", ylabel="bits a weight more than none",
-               title="rank 1; lines: predicted")
-    middle.set_xscale("symlog", linthresh=0.01)
+    middle.set(xlabel="share of the spikes in ‖W‖²", ylabel="bits a weight more than none",
+               title=f"rank {SPIKES}; lines: predicted")
     middle.legend()
     right.loglog([r["share_of_wh"] for r in result["layers"]], [r["share_of_w"] for r in result["layers"]], "k.")
     right.set(xlabel="share of ‖W H^½‖² in k directions", ylabel="share of ‖W‖² in k of its own", title="layers")
     return figure
 
 
-@pytest.mark.parametrize("kind, share, pays", [("flat", 0.0, False), ("power", 0.0, False), ("flat", 0.3, True),
-                                               ("power", 0.3, True)])
+@pytest.mark.parametrize("kind, share, pays", [("flat", 0.0, False), ("power", 0.0, False), ("flat", 0.8, True),
+                                               ("power", 0.8, True)])
 def test_a_spike_of_w_pays_and_a_direction_of_h_does_not(kind, share, pays):
-    (row,) = compare(spiked(128, 48, share), common.hessian(kind, 48), 2.0, [1], 8)
+    (row,) = compare(spiked(192, 96, share), common.hessian(kind, 96), 2.0, [SPIKES], 8)
     assert (row["predicted"] < 0) == (row["measured"] < 0) == pays
-    assert row["measured"] == pytest.approx(row["predicted"], abs=0.03)
+    assert row["measured"] == pytest.approx(row["predicted"], rel=0.25, abs=0.03)
     assert row["loss"] == pytest.approx(1, abs=0.1)  # of the level, with any rank
     assert kind == "flat" or row["share_of_wh"] > 0.1
 
 
 def test_at_high_rate_z_saves_what_the_share_of_w_says_whatever_h():
     w, n = spiked(96, 40, 0.2), 40
+    w = w @ np.diag(1 / np.sqrt(np.mean(w**2, axis=0)))  # rows and columns of one size, about
+    w = w / np.sqrt(np.mean(w**2, axis=1))[:, None]
     for kind in ("flat", "geometric"):
         root = np.asarray(factor(jnp.asarray(common.hessian(kind, n)), 0.01, 1).root)
         d = np.diagonal(root) ** 2
         u, s, _ = np.linalg.svd(w @ root, full_matrices=False)
-        r = u[:, 0] @ w
-        theta = np.sum(r**2) / np.sum(w**2)
+        left, right = u[:, :SPIKES], u[:, :SPIKES].T @ w
+        theta = np.sum(right**2) / np.sum(w**2)
         c = level_of(w, d, 5.0)
-        found = extra_bits(w, root, d, c, [1], 8)[1] * w.size
-        of_r = np.sum(price(np.linalg.norm(r) / np.sqrt(n), c / np.sqrt(d), 8))
-        of_l = 96 * price(np.sqrt(1 / 96), c / s[0], 8)
-        assert found - of_r - of_l == pytest.approx(-w.size / 2 * np.log2(1 / (1 - theta)), rel=0.03)
+        found = extra_bits(w, root, d, c, [SPIKES], 8)[SPIKES] * w.size
+        of_r = np.sum(price(sizes(right), c / np.sqrt(d), 8))
+        of_l = np.sum(price(sizes(left), c / s[:SPIKES], 8))
+        assert found - of_r - of_l == pytest.approx(-w.size / 2 * np.log2(1 / (1 - theta)), rel=0.1)
 
 
 def test_a_direction_of_h_holds_an_ordinary_share_of_w():
