@@ -93,13 +93,6 @@ def tables(spacing: int) -> Tables:
                   np.where(frequency > 0, bits, PRECISION + OUTLIER))
 
 
-@cache
-def expected_bits(spacing: int) -> np.ndarray:
-    """Bits of an integer whose distribution is the table's, by width: the mean of both parities."""
-    table = tables(spacing)
-    return (table.frequency * np.where(table.frequency > 0, table.bits, 0)).sum(2).mean(1) / (1 << PRECISION)
-
-
 def bits(integers: Int[np.ndarray, "m n"], row: Int[np.ndarray, " m"], column: Int[np.ndarray, " n"],
          states: int) -> tuple[np.ndarray, np.ndarray]:
     """Bits of each integer that is coded, by the tables, and its width; ``encode`` adds what ``LANE`` counts."""

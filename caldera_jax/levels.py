@@ -14,8 +14,10 @@ with R fixed L is one whose inputs have the second moment R H Rᵀ.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -219,27 +221,38 @@ class Curve(NamedTuple):
     counts: list[float]
     side: int
 
-    def bits(self, c: float, states: int) -> float:
+    def bits(self, c: float, config: LevelConfig) -> float:
         """Predicted: where the steps are twice as large, the targets are half as wide."""
         classes = self.lowest - 8 * math.log2(c / self.c) + np.arange(len(self.counts))
         known = np.arange(entropy.WIDTHS[0], entropy.WIDTHS[1] + 1)
-        expected = np.interp(classes, known, entropy.expected_bits(trellis(states).spacing))
-        return float(expected @ self.counts) + self.side
+        return float(np.interp(classes, known, rates(config.states, config.bit_price)) @ self.counts) + self.side
 
 
-def measure(parts: Sequence[Levelled | None], c: float, states: int, rows: Int[np.ndarray, " r"]) -> Curve:
+@cache
+def rates(states: int, bit_price: float | None = None) -> Float[np.ndarray, " widths"]:
+    """Bits that the search spends on a Gaussian target, by the class of its width: measured on 2048 of each."""
+    widths = np.repeat(np.arange(entropy.WIDTHS[0], entropy.WIDTHS[1] + 1), 32)
+    drawn = np.random.default_rng(0).standard_normal((SEQUENCE, len(widths))) * 2.0 ** (widths / 8)
+    of_each = np.broadcast_to(widths, drawn.shape).astype(np.int32)
+    q = jax.jit(search, static_argnums=(2, 3))(drawn.astype(np.float32), of_each, price(states) if bit_price is None
+                                               else bit_price, states, np.zeros(drawn.shape, bool))
+    bits, _ = entropy.bits(np.asarray(q), np.zeros(SEQUENCE, np.int32), widths, states)
+    return np.maximum.accumulate(bits.reshape(SEQUENCE, -1, 32).mean((0, 2)))
+
+
+def measure(parts: Sequence[Levelled | None], c: float, config: LevelConfig, rows: Int[np.ndarray, " r"]) -> Curve:
     """The Curve of what ``decompose`` found at level c, Z of these rows alone.  Host function."""
     counts, side, lowest = np.zeros(2 * (128 - entropy.DEAD)), 0, 2 * entropy.DEAD
-    expected = entropy.expected_bits(trellis(states).spacing)
+    expected = rates(config.states, config.bit_price)
     for i, part in enumerate(parts):
         if part is None:
             continue
         _, q, row, column, spread, width = map(np.asarray, part)
         of_q = spread[rows] if i == 0 else spread
-        bits, classes = entropy.bits(q, of_q, width, states)
+        bits, classes = entropy.bits(q, of_q, width, config.states)
         fitted = (1 - len(of_q) / len(spread)) / math.log(4) * len(width)  # what widths fitted to few rows save there
         predicted = expected[np.clip(classes, *entropy.WIDTHS) - entropy.WIDTHS[0]].sum()
-        scale = (bits.sum() + fitted) / predicted if len(bits) else 1.0
+        scale = (bits.sum() + fitted) / predicted if predicted > 0 else 1.0
         histograms = (np.bincount(a[a > entropy.DEAD] - entropy.DEAD, minlength=1) for a in (spread, width))
         both = scale * np.convolve(*histograms)
         counts[:len(both)] += both
@@ -250,13 +263,13 @@ def measure(parts: Sequence[Levelled | None], c: float, states: int, rows: Int[n
     return Curve(c, lowest + int(first), counts[first:last + 1].tolist(), side)
 
 
-def solve(curves: Sequence[Curve], budget: float, states: int, weights: int = 1) -> float:
+def solve(curves: Sequence[Curve], budget: float, config: LevelConfig, weights: int = 1) -> float:
     """The least level c at which all take no more bits than the budget, as their curves predict.
 
     Raises ValueError for a budget that no level meets: less than the sides alone take, or more than all weights take
     where their probabilities are at their widest.
     """
-    total = lambda octaves: sum(curve.bits(2.0**octaves, states) for curve in curves)
+    total = lambda octaves: sum(curve.bits(2.0**octaves, config) for curve in curves)
     at = [math.log2(curve.c) for curve in curves]
     finest, coarsest = min(at) - 40, max(at) + 40
     least, most = total(coarsest), total(finest)

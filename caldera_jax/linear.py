@@ -160,10 +160,11 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
                      weight.right if stages[2] else _decode(weight.grids[2], weight.right, n))
     rotated = incoherence.forward(sides.right, rows)
     if isinstance(weight.q, Levelled):
-        a, b = weight.q.scales(x.dtype)
+        a, b = weight.q.scales(jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
+        size = jnp.exp(jnp.mean(jnp.log(a)))  # beside b, so that sums of integers stay in the range of half precision
         integers = Rows((weight.q.integers,), lambda tile: tile)
-        y = multiply(rotated * b[None], (integers, None, None), stages, m) * a[None]
-        y = y + multiply(rotated, (None, left_t, right), stages, m)
+        y = multiply(rotated * (b * size).astype(x.dtype)[None], (integers, None, None), stages, m)
+        y = y * (a / size).astype(x.dtype)[None] + multiply(rotated, (None, left_t, right), stages, m)
     else:
         q = weight.q if stages[0] or weight.q is None else _rows(weight.grids[0], weight.q, n)
         y = multiply(rotated, (q, left_t, right), stages, m)

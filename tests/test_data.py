@@ -153,6 +153,25 @@ def test_unknown_and_empty_places_are_told_what_is_accepted(tmp_path):
             fetch("nothing")
 
 
+def test_several_texts_give_the_same_share_of_the_windows_each_of_its_own_part(tmp_path):
+    for name, letter in (("a.txt", "a"), ("b.txt", "b"), ("c.txt", "c")):
+        (tmp_path / name).write_text("\n\n".join(" ".join([f"{letter}{i}"] * 50) for i in range(40)))
+    one, two, three = (str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt"))
+    texts = data.documents_beside(f"{one}+{two}", f"{three}+{two}", "calibration")
+    whole, = data.load_text(one)
+    assert texts[one] == [whole] and "b0" in texts[two][0] and "b39" not in texts[two][0]  # two is named twice: split
+    held_out, = data.documents_beside(two, f"{one}+{two}", "evaluation")[two]
+    assert "b39" in held_out and "b0 " not in held_out
+    tokenizer = words()
+    found = data.windows_beside(tokenizer, data.Tokens(f"{one}+{two}", 5, 8), "", "calibration")
+    alone = [data.windows_beside(tokenizer, data.Tokens(name, 3, 8), "", "calibration") for name in (one, two)]
+    np.testing.assert_array_equal(found, np.concatenate([alone[0], alone[1][:2]]))
+    (tmp_path / "a+b.txt").write_text("one file whose name has a plus")
+    assert data.named(str(tmp_path / "a+b.txt")) == [str(tmp_path / "a+b.txt")]
+    with pytest.raises(ValueError, match="unknown text 'pyton'"):
+        data.windows_beside(tokenizer, data.Tokens(f"{one}+pyton", 2, 8), "", "calibration")
+
+
 # ---- built-ins
 
 
@@ -256,3 +275,11 @@ def test_the_built_in_text_has_96_articles_without_repetition():
     assert sum(map(len, articles)) == 2_649_668 and articles[0].startswith("Anarchism\n\n")
     calibration, evaluation = data.split(articles)
     assert all(a not in b for a, b in itertools.product(calibration, evaluation))
+
+
+def test_the_built_in_program_text_has_120_files_and_is_always_split():
+    sources = data.load_text("python")
+    assert len(sources) == 120 and sum(map(len, sources)) == 2_215_530 and all("import" in s for s in sources[:9])
+    parts = [data.documents_beside("python", other, part)["python"] for other in ("", "enwiki+python")
+             for part in ("calibration", "evaluation")]
+    assert parts[:2] == parts[2:] and not set(parts[0]) & set(parts[1])

@@ -8,7 +8,9 @@ import matrices
 import numpy as np
 import pytest
 
-from caldera_jax import entropy, hessian, levels, objective
+import caldera_jax as cj
+from caldera_jax import entropy, hessian, levels, linear, objective
+from caldera_jax.jobs import artifact
 from caldera_jax.trellis import trellis
 
 
@@ -178,3 +180,99 @@ def test_zero_rows_zero_columns_dead_inputs_and_constant_rows():
     assert objective.relative_error(w, dense, h) < 0.3 and stored_bits(found) / w.size < 4
     nothing = levels.quantize(jnp.zeros((70, 30)), factors(np.zeros((30, 30)), damping=1.0), jnp.ones(70), 0.4)
     assert not np.asarray(nothing.integers).any() and stored_bits(nothing) < 400
+
+
+# ---- a weight at a level
+
+
+def weight(rank=0, m=70, n=50, dtype=np.float32, **more):
+    """A weight with a spike, its H and importance, and the layer; its own compilation."""
+    w, h = matrices.gaussian(m, n, 0).astype(dtype), matrices.hessian("power", n, 0).astype(dtype)
+    g = np.random.default_rng(0).uniform(0.1, 3, m).astype(dtype)
+    return w, h, g, cj.level(w, h, g, 0.3, cj.LevelConfig(8, rank=rank), **more)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_apply_multiplies_by_what_it_decodes_to_in_every_precision(rank):
+    *_, layer = weight(rank)
+    dense, x = np.asarray(layer.dense(), np.float64), matrices.gaussian(6, 50, 9)
+    assert layer.shape == (70, 50) and layer.rank == rank and layer.dtype == np.float32
+    assert layer.q.integers.dtype == np.int8
+    for dtype, tolerance in ((jnp.float64, 1e-5), (jnp.float32, 1e-5), (jnp.bfloat16, 0.02), (jnp.float16, 0.003)):
+        y = jax.jit(cj.apply)(layer, jnp.asarray(x, dtype).reshape(2, 3, 50))
+        assert y.dtype == dtype and y.shape == (2, 3, 70)
+        wanted = x @ dense.T
+        assert np.abs(np.asarray(y, np.float64).reshape(6, 70) - wanted).max() < tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_is_stored_is_what_is_counted_and_comes_back(rank):
+    *_, layer = weight(rank)
+    arrays, meta = artifact.layer_arrays(layer), artifact.layer_meta(layer)
+    assert layer.stored_bits == 8 * sum(array.nbytes for array in arrays.values())
+    again = artifact.layer_from(arrays, meta)
+    assert jax.tree.structure(again) == jax.tree.structure(layer)
+    for ours, theirs in zip(jax.tree.leaves(layer), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+
+
+def test_one_level_means_one_loss_a_weight_whatever_the_units_of_h_g_and_w():
+    w, h, g, layer = weight()
+    for units in ((2.0**40, 1, 1), (1, 2.0**-30, 1), (1, 1, 2.0**20)):
+        of_h, of_g, of_w = (np.float32(unit) for unit in units)
+        level = 0.3 * float(np.sqrt(of_h * of_g)) * float(of_w)
+        other = cj.level(of_w * w, of_h * h, of_g * g, level, cj.LevelConfig(8))
+        np.testing.assert_array_equal(other.q.integers, layer.q.integers)
+        np.testing.assert_allclose(other.dense(), of_w * layer.dense(), rtol=1e-6)
+    e = np.asarray(layer.dense(), np.float64) - w
+    assert 0.15 < np.einsum("i,ij,jk,ik", g, e, h, e) / w.size / 0.3**2 < 0.4
+
+
+def test_outputs_and_inputs_that_do_not_matter_cost_next_to_nothing():
+    w, h, g, layer = weight()
+    none = cj.level(w, h, 0 * g, 0.3, cj.LevelConfig(8))
+    assert not np.asarray(none.dense()).any() and none.stored_bits < 0.05 * layer.stored_bits + 500
+    dead = cj.level(w, 0 * h, g, 0.3, cj.LevelConfig(8))
+    assert not np.asarray(dead.dense()).any() and np.isfinite(np.asarray(cj.apply(dead, np.ones((2, 50))))).all()
+    some = g * (np.arange(70) >= 64)
+    assert not np.asarray(cj.level(w, h, some, 0.3, cj.LevelConfig(8)).dense())[:64].any()
+
+
+def test_integers_beyond_eight_bits_take_sixteen_and_an_outlier_more():
+    w, h, g, _ = weight()
+    for size, dtype in ((300, np.int16), (3e5, np.int32)):
+        w[5, 7] = size
+        layer = cj.level(w, h, g, 0.3, cj.LevelConfig(8))
+        assert layer.q.integers.dtype == dtype
+        assert np.asarray(layer.dense())[5, 7] == pytest.approx(size, abs=2)
+        np.testing.assert_allclose(cj.apply(layer, np.eye(50, dtype=np.float32)), layer.dense().T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(g=np.full(70, np.nan)), "the layer: the importance of its outputs must be 70 finite numbers >= 0"),
+    (dict(g=-np.ones(70)), "from -1 to"),
+    (dict(c=0.0), "the level must be positive and finite, got 0.0"), (dict(c=np.inf), "must be positive and finite"),
+    (dict(w=np.full((70, 50), np.inf)), "the layer: the weight holds NaN or infinite"),
+    (dict(h=np.diag(np.r_[-1e9, np.ones(49)])), "the layer: no damping up to"),
+    (dict(config=cj.LevelConfig(rank=51)), "rank 51 exceeds")])
+def test_bad_input_names_the_layer_and_what_to_do(change, message):
+    good = dict(w=matrices.gaussian(70, 50, 0), h=np.eye(50), g=np.ones(70), c=0.3, config=cj.LevelConfig(8))
+    with pytest.raises(ValueError, match=message):
+        cj.level(**good | change, name="the layer")
+
+
+def test_a_curve_predicts_the_bits_of_all_rows_from_some_at_other_levels():
+    w, h = matrices.gaussian(640, 200, 0), matrices.hessian("power", 200, 0)
+    g, rows, config = np.random.default_rng(0).uniform(0.1, 3, 640), np.arange(64) * 10, cj.LevelConfig(8)
+    *parts, _ = linear.at_level(w, h, g, 0.08, config, rows=rows)
+    curve = levels.measure(parts, 0.08, config, rows)
+    for c, slack in ((0.05, 0.03), (0.08, 0.01), (0.1, 0.04)):
+        found = cj.level(w, h, g, c, config).stored_bits
+        assert 1 < found / w.size < 4 and curve.bits(c, config) == pytest.approx(found, rel=slack)
+    budget = curve.bits(0.2, config)
+    assert levels.solve([curve, curve], 2 * budget, config) == pytest.approx(0.2, rel=1e-6)
+    with pytest.raises(ValueError, match="below what any level takes, .*: raise it"):
+        levels.solve([curve], curve.side, config)
+    with pytest.raises(ValueError, match="above what any level takes, .*: lower it"):
+        levels.solve([curve], 9.0 * w.size, config)

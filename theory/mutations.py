@@ -54,6 +54,9 @@ LDLQ, OBJECTIVE, CODEBOOKS = "caldera_jax/ldlq.py", "caldera_jax/objective.py", 
 REGRESSION, INCOHERENCE, HADAMARD = (f"caldera_jax/{x}.py" for x in ("regression", "incoherence", "hadamard"))
 LPLR, HESSIAN, DECOMPOSE = (f"caldera_jax/{x}.py" for x in ("lplr", "hessian", "decompose"))
 RATE_GAP, LOOP, DOWNDATE = (f"theory/{x}.py" for x in ("rate_gap", "alternating_loop", "downdate"))
+LEVELS, CALIBRATION, EVALUATE = ("caldera_jax/levels.py", "caldera_jax/jobs/calibration.py",
+                                 "caldera_jax/jobs/evaluate.py")
+STEPS, RANK, DIVERGENCE = (f"theory/{x}.py" for x in ("level_steps", "rank_at_one_level", "predicted_divergence"))
 SQUARED = "root[i:i + block, i:i + block] ** 2"
 BLOCK_FEEDBACK = "axis=1) + (w - q) @ columns"
 LDLQ_BOUND = "return float(block * m * mu**2 * variance"
@@ -264,6 +267,28 @@ MUTATIONS = (
         (DOWNDATE, "c * kept[rank:].sum(), c_down * repaired[rank:].sum()",
          "c * kept[rank:].sum(), c_down * repaired.sum()"),
         (DOWNDATE, "np.sqrt(down + phi)", "np.sqrt(down)")),
+
+    *of("level_steps::test_no_other_steps_of_the_same_bits_lose_less_and_the_ratio_is_the_mean_of_4_to_delta",
+        (STEPS, "np.mean(4.0 ** (delta - np.mean(delta)))", "np.mean(2.0 ** (delta - np.mean(delta)))")),
+    *of("level_steps::test_wrong_steps_of_the_rows_take_the_same_bits_and_lose_as_predicted",
+        (LEVELS, "octave(1 / jnp.sqrt(g))", "octave(1 / g)")),
+    *of("level_steps::test_the_gap_at_high_rate_is_the_shaping_loss_whatever_the_spectrum",
+        (LEVELS, "octave(1 / jnp.sqrt(d))", "octave(1 / d)"),
+        ("caldera_jax/trellis.py", "^ (h0 & states - 1) * z0", "^ 0 * z0"),
+        (STEPS, "levels.DISTORTION[states] / spacing**2)", "levels.DISTORTION[states] / spacing)")),
+
+    *of("rank_at_one_level::test_what_low_rank_costs_is_what_its_rounding_says",
+        (LEVELS, "left = _rounded(fit.T, of_inner, g, c, unit * size, config)",
+         "left = _rounded(fit.T, of_inner, g, c, unit, config)")),
+    *of("rank_at_one_level::test_a_spike_of_w_pays_and_a_direction_of_h_does_not",
+        (RANK, "of(left, c / s[:k])", "of(left, c)"),
+        (RANK, "of(w - left @ right, steps) +", "of(w, steps) +")),
+
+    *of("predicted_divergence::test_to_second_order_the_divergence_is_half_the_fisher_form_of_the_error",
+        (EVALUATE, "jnp.exp(p) * (p - q)", "2 * jnp.exp(p) * (p - q)"),
+        (DIVERGENCE, "float(0.5 * jnp.mean(", "float(jnp.mean(")),
+    *of("predicted_divergence::test_random_signs_lose_what_the_diagonal_of_the_fisher_information_says",
+        (CALIBRATION, "np.asarray(square) / tokens.size", "np.asarray(square) / len(tokens)")),
 )
 
 

@@ -14,7 +14,7 @@ more than none.  It pays where that is below 0.
     its rate.  So it does not pay above 0.72 bit a weight, however large its share of ‖W H^½‖² is.
 (3) A spike in W does: with θ fixed and m, n growing Z saves O(m n) bits for O(m + n).
 
-Assumptions.  Gaussian targets, no feedback widening; b is the entropy of the package's tables.  In (1) to (3) those of
+Assumptions.  Gaussian targets, no feedback widening; b is measured (``levels.rates``).  In (1) to (3) those of
 a matrix have one variance; predicted bits know, as the coder does, that of each row and column, and take k directions
 together.  Classes of widths and streams' ends are not counted: they are the same for every c, and only against L R.
 
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caldera_jax import entropy, hessian
+from caldera_jax import entropy, hessian, levels
 from caldera_jax.levels import LevelConfig
 from caldera_jax.linear import at_level
 
@@ -57,11 +57,11 @@ factor = partial(jax.jit, static_argnums=(1, 2))(hessian.factor)
 
 
 def price(sigma: np.ndarray, step: np.ndarray | float, states: int) -> np.ndarray:
-    """b: bits of a Gaussian of this deviation at this step, by the package's tables."""
+    """b: bits of a Gaussian of this deviation at this step, as ``levels.rates`` measured them."""
     widths = np.arange(entropy.WIDTHS[0], entropy.WIDTHS[1] + 1)
     with np.errstate(divide="ignore"):
         classes = 8 * np.log2(np.asarray(sigma) / step)
-    return np.interp(classes, widths, entropy.expected_bits(1 if states == 1 else 2))
+    return np.interp(classes, widths, levels.rates(states))
 
 
 def extra_bits(w: np.ndarray, root: np.ndarray, d: np.ndarray, c: float, ranks, states: int) -> dict[int, float]:

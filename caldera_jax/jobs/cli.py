@@ -409,13 +409,13 @@ def inspect(directory: Directory, theory: bool = False, report: Path | None = No
     r = explain.report_of(directory)
     if theory:
         return theory_table(directory, moments)
-    print(f"{'layer':18s} {'m':>6s} {'n':>6s} {'Q':>3s} {'rank':>5s} {'L,R':>5s} {'error':>8s} {'bits':>7s} "
+    print(f"{'layer':18s} {'m':>6s} {'n':>6s} {'Q':>5s} {'rank':>5s} {'L,R':>9s} {'error':>8s} {'bits':>7s} "
           f"{'damping':>8s} {'seconds':>8s}")
     for row in r["layers"]:
         m, n = row["shape"]
-        factors = ",".join(f"{bits:g}" for bits in row["factor_bits"]) if row["rank"] else "-"
-        print(f"{row['path']:18s} {m:6d} {n:6d} {row['q_bits']:3g} {row['rank']:5d} {factors:>5s} {row['error']:8.4f} "
-              f"{row['bits_per_weight']:7.4f} {row['damping']:8.3g} {row['seconds']:8.2f}")
+        factors = ",".join(f"{bits:.3g}" for bits in row["factor_bits"]) if row["rank"] else "-"
+        print(f"{row['path']:18s} {m:6d} {n:6d} {row['q_bits']:5.3g} {row['rank']:5d} {factors:>9s} "
+              f"{row['error']:8.4f} {row['bits_per_weight']:7.4f} {row['damping']:8.3g} {row['seconds']:8.2f}")
     if "finetune" in r:
         print("error, damping and seconds are those of the compression, before the fine-tuning")
     print(table(r))

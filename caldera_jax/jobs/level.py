@@ -93,7 +93,7 @@ def curves(job: Work, g: Outputs) -> dict[str, Curve]:
             job.run.wait(list(names.values()))
             found = {path: Curve(**job.run.recall(name)) for path, name in names.items()}
             inside = size * len(group)
-            c = spread.first(levels.solve(list(found.values()), config.bits * inside, config.level.states, inside))
+            c = spread.first(levels.solve(list(found.values()), config.bits * inside, config.level, inside))
     return found
 
 
@@ -113,7 +113,7 @@ def _measure(job: Work, g: Outputs, c: float | None, name: str, index: int, i: i
     some = min(len(w), ROWS)
     rows = np.arange(some) * len(w) // some
     *parts, _ = at_level(w, h, g[path], c, config.level, path, rows)
-    job.run.keep(f"{path}.{name}", levels.measure(parts, c, config.level.states, rows)._asdict())
+    job.run.keep(f"{path}.{name}", levels.measure(parts, c, config.level, rows)._asdict())
 
 
 def next_level(config: LevelConfig, known: Mapping[str, Curve], done: Mapping[str, tuple[float, int]],
@@ -122,15 +122,15 @@ def next_level(config: LevelConfig, known: Mapping[str, Curve], done: Mapping[st
     done at (c, with so many bits), have been right; a tenth of all taken to be."""
     left = [curve for path, curve in known.items() if path not in done]
     spent = sum(bits for _, bits in done.values())
-    predicted = sum(known[path].bits(c, config.states) for path, (c, _) in done.items())
-    return levels.solve(left, (AIM * budget - spent) * (predicted + budget / 10) / (spent + budget / 10), config.states)
+    predicted = sum(known[path].bits(c, config) for path, (c, _) in done.items())
+    return levels.solve(left, (AIM * budget - spent) * (predicted + budget / 10) / (spent + budget / 10), config)
 
 
 def corrected(config: LevelConfig, known: Mapping[str, Curve],
               done: Mapping[str, tuple[float, int]]) -> dict[str, Curve]:
     """The curves as they would have predicted what was found."""
     def right(curve, c, bits):
-        ratio = (bits - curve.side) / max(curve.bits(c, config.states) - curve.side, 1)
+        ratio = (bits - curve.side) / max(curve.bits(c, config) - curve.side, 1)
         return curve._replace(counts=[ratio * count for count in curve.counts])
 
     return {path: right(curve, *done[path]) if path in done else curve for path, curve in known.items()}
