@@ -263,7 +263,7 @@ def measure(parts: Sequence[Levelled | None], c: float, config: LevelConfig, row
     return Curve(c, lowest + int(first), counts[first:last + 1].tolist(), side)
 
 
-def solve(curves: Sequence[Curve], budget: float, config: LevelConfig, weights: int = 1) -> float:
+def solve(curves: Sequence[Curve], budget: float | int, config: LevelConfig, weights: int = 1) -> float:
     """The least level c at which all take no more bits than the budget, as their curves predict.
 
     Raises ValueError for a budget that no level meets: less than the sides alone take, or more than all weights take
