@@ -9,6 +9,7 @@ import allocation
 import drawing
 import frontier
 import fronts
+import level
 import machinery
 import numpy as np
 import recovery
@@ -35,15 +36,19 @@ def curves() -> tuple[float, list[Curve]]:
                for e in (frontier.EXPERIMENT, allocation.EXPERIMENT, recovery.EXPERIMENT)}
     of = {p.label: (p.bits, p.perplexity) for p in fronts.gather(results["frontier"], MODEL)}
     sizes = {r["config"]["rule"]: (r["bits_per_weight"], r["compressed_perplexity"]) for r in results["allocation"]}
+    free = [machinery.record(level.EXPERIMENT, c) for c in level.runs("full")
+            if c.model == MODEL and c.part == level.PLAIN and c.bits >= 2]
     (signs,) = recovery.cells(results["recovery"])[MODEL, 32, 0]
     start, end = ((signs[b], signs["wikipedia"][when]) for b, when in (("bits_before", "before"), ("bits", "after")))
     return fronts.dense_perplexity(results["frontier"], MODEL), [
         Curve("Q alone: E8P lattice", (3.4, 25.2), tuple(of[f"e8p, {bits} bits"] for bits in (2, 3, 4)), "C0",
-              ("2 bits", "3 bits", "4 bits"), below=True),
+              ("2 bits", "3 bits"), below=True),
         Curve("CALDERA: Q of 2 bits + L R", (2.5, 48.8), tuple(of[f"caldera, k = {k}, 5 rounds"] for k in (16, 32, 64)),
               "C1", ("k = 16", "32", "64")),
-        Curve("sizes chosen\nlayer by layer", (1.86, 33), (sizes["uniform"], sizes["gradient"]), "C2", step=True),
-        Curve("k = 32, signs\nfine-tuned", (2.2, 28.2), (start, end), "C3", step=True),
+        Curve("one level for\nall weights", (1.86, 22.8), tuple(sorted(
+            (r["bits_per_weight"], r["compressed_perplexity"]) for r in free)), "C4"),
+        Curve("sizes chosen\nlayer by layer", (1.86, 42), (sizes["uniform"], sizes["gradient"]), "C2", step=True),
+        Curve("k = 32, signs\nfine-tuned", (2.45, 29.7), (start, end), "C3", step=True),
         Curve("nearest, groups of 64", (3.35, 54.5), (of["rtn, 3 bits, groups of 64"],), "0.4"),
         Curve("GPTQ, groups of 64", (3.35, 37.4), (of["gptq, 3 bits, groups of 64"],), "0.4"),
         Curve("GPTQ, rotated", (3.07, 28.3), (of["gptq rotated, 3 bits"],), "0.4")]

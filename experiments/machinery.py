@@ -93,6 +93,14 @@ def _measured(experiment: Experiment, preset: str, config: Any, clock: report.Cl
             "seconds": {"compile": round(compiling, 3), "steady": round(total - compiling, 3)}}
 
 
+def record(experiment: Experiment, config: Any, preset: str = "full") -> Result:
+    """The result of one run.  ValueError where it is missing, with the command that makes it."""
+    if not (path := path_of(experiment, preset, config)).is_file():
+        raise ValueError(f"{experiment.name}: {path.name} of preset {preset!r} is missing: python experiments/run.py "
+                         f"{experiment.name} --preset {preset}")
+    return files.read_json(path)
+
+
 def collect(experiment: Experiment, preset: str) -> list[Result]:
     """The results of a preset, in the order of its runs.
 

@@ -79,7 +79,7 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
     if config.level is not None:
         g = level.importance(job, tokens, run.work if kept is None else folder)
         if sequential and config.bits:  # known before any block is compressed, from fewer windows of the dense model
-            first, few = run.work / "first", config.importance.of(tokens)
+            first, few = run.work / "first", config.importance.of(tokens, len(data.named(config.calibration.text)))
             _calibrate(calibration.collect(model.config, model.params, few, chosen), job._replace(folder=first), chosen)
             known = level.curves(job._replace(folder=first), g)
     for group in [[index] for index in range(chosen)] if sequential else [range(chosen)]:
@@ -192,7 +192,7 @@ def summary(config: RunConfig, origin: dict[str, Any], clocked: tuple[dict[str, 
     stages, memory = clocked
     return {"model": config.model, **origin, "processes": spread.count(), "base_perplexity": math.exp(base),
             "compressed_perplexity": math.exp(value), "lost": value - base, "divergence": divergence,
-            "evaluated_tokens": config.evaluation.windows * (config.evaluation.window - 1),
+            "evaluated_tokens": measured.loss.size,
             "bits_per_weight": bits / weights, **sizes, "stored_bytes": bits // 8, "compressed_weights": weights,
             "model_bytes": artifact.model_bytes(model.params),
             "disk_bytes": sum((out / f).stat().st_size for f in files),

@@ -23,7 +23,7 @@ from caldera_jax.jobs.settings import budget, count, weights
 from caldera_jax.jobs.work import Work, paths, record
 from caldera_jax.levels import Curve, LevelConfig
 from caldera_jax.linear import at_level
-from caldera_jax.models import files, llama
+from caldera_jax.models import data, files, llama
 from caldera_jax.models.convert import Model
 
 AIM, LEAST = 0.9985, 0.995  # of a budget: what is solved for, and what is enough
@@ -71,9 +71,9 @@ def output_fisher(model: Model, tokens: Int[np.ndarray, "w s"], seed: int, run: 
 
 def importance(job: Work, tokens: Int[np.ndarray, "w s"], folder: Path) -> Outputs:
     """g of every layer's outputs; what it is found from is kept in the folder."""
-    own = job.config.importance
+    own, texts = job.config.importance, len(data.named(job.config.calibration.text))
     with job.clock.stage("gradients"):
-        found = output_fisher(job.model, own.of(tokens), job.config.seed, job.run, folder)
+        found = output_fisher(job.model, own.of(tokens, texts), job.config.seed, job.run, folder)
     return {path: objective.importance(of.importance(), own.floor, own.shrinkage) for path, of in found.items()}
 
 

@@ -50,7 +50,7 @@ class Texts:
     calibration_text: Str = None
     """enwiki or python (built in), a text file, a directory of .txt and .md files, or several of these joined by +."""
     calibration_windows: Int = None
-    """windows of calibration text."""
+    """windows of calibration text, of each where there are several."""
     calibration_window: Int = None
     """tokens a window."""
     evaluation_text: Str = None
@@ -78,7 +78,7 @@ class Level:
     bit_price: Float = None
     """squared steps that a bit must save; left out: what is best at high rates."""
     importance_windows: Int = None
-    """of the calibration text, to find from gradients how much each output matters; 32 by default."""
+    """of each calibration text, to find from gradients how much each output matters; 32 by default."""
     importance_floor: Float = None
     """the least importance of an output, in units of its layer's mean; 0.02 by default."""
     importance_shrinkage: Float = None

