@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -202,6 +204,16 @@ def test_contradictions_are_refused_before_any_work(config, tmp_path, change, me
 def test_choices_that_a_level_does_not_offer_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         LevelConfig(**change)
+
+
+def test_a_damaged_stream_is_named_with_its_file_and_layer(finished, tmp_path):
+    path = shutil.copy(finished[0] / artifact.block_file(1), tmp_path)
+    arrays = files.read_arrays(Path(path))
+    arrays["up.q.integers.words"] = arrays["up.q.integers.words"] ^ np.uint16(4)
+    files.write_arrays(Path(path), arrays)
+    meta = artifact.read_manifest(finished[0])["layers"]
+    with pytest.raises(ValueError, match=r"block_001\.safetensors: up: a stream of coded integers is damaged"):
+        artifact._block(Path(path), meta, 1)["up"]
 
 
 # ---- what the commands make of it

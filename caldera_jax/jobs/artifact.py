@@ -344,7 +344,10 @@ def _weight(path: Path, name: str, meta: dict[str, Any] | None) -> np.ndarray | 
             return file.get_tensor(name)
         arrays = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys()  # noqa: SIM118
                   if key.startswith(f"{name}.")}
-    return jax.tree.map(jax.numpy.asarray, layer_from(arrays, meta))
+    try:
+        return jax.tree.map(jax.numpy.asarray, layer_from(arrays, meta))
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}: restore the file or compress the model again") from error
 
 
 def model_bytes(params: Params) -> int:
