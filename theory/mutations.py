@@ -274,7 +274,6 @@ MUTATIONS = (
         (LEVELS, "octave(1 / jnp.sqrt(g))", "octave(1 / g)")),
     *of("level_steps::test_the_gap_at_high_rate_is_the_shaping_loss_whatever_the_spectrum",
         (LEVELS, "octave(1 / jnp.sqrt(d))", "octave(1 / d)"),
-        ("caldera_jax/trellis.py", "^ (h0 & states - 1) * z0", "^ 0 * z0"),
         (STEPS, "levels.DISTORTION[states] / spacing**2)", "levels.DISTORTION[states] / spacing)")),
 
     *of("rank_at_one_level::test_what_low_rank_costs_is_what_its_rounding_says",
