@@ -231,7 +231,7 @@ def level(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "n n
     ``h`` as for ``compress_matrix``, ``g`` the importance of each output; c in the square root of the units of their
     product with W², so that one c is one level for all layers of a model.  Where g_i is 0 row i is 0.
     Raises ValueError (naming ``name``) for shapes that do not fit, NaN, infinities or g < 0, a level that is not
-    positive, rank > min(m, n), or an h that no damping makes positive definite.
+    positive or too fine, rank > min(m, n), or an h that no damping makes positive definite.
     """
     return packed(*at_level(w, h, g, c, config, name)[:3], config)
 
@@ -258,6 +258,9 @@ def at_level(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "
     if not bool(finite):
         raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite: "
                          "check that h is symmetric positive semidefinite")
+    most = max(int(jnp.max(jnp.abs(part.integers.astype(w.dtype)), initial=0)) for part in parts if part is not None)
+    if most >= min(1 / float(jnp.finfo(w.dtype).eps), 2**30):  # beyond it a number has no parity
+        raise ValueError(f"{name}: the level {c} is too fine for {w.dtype}: an integer would be {most}; raise it")
     return *parts, float(damping)
 
 

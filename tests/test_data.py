@@ -168,6 +168,10 @@ def test_several_texts_give_as_many_windows_each_of_its_own_part(tmp_path):
     np.testing.assert_array_equal(found, np.concatenate(alone))
     (tmp_path / "a+b.txt").write_text("one file whose name has a plus")
     assert data.named(str(tmp_path / "a+b.txt")) == [str(tmp_path / "a+b.txt")]
+    for wrong in (f"{one}+", f"{one}+{one}"):
+        with pytest.raises(ValueError, match="joins an empty name, or one twice"):
+            data.named(wrong)
+    assert data.named("enwiki + python") == ["enwiki", "python"] and data.named("") == [""]
     with pytest.raises(ValueError, match="unknown text 'pyton'"):
         data.windows_beside(tokenizer, data.Tokens(f"{one}+pyton", 2, 8), "", "calibration")
 

@@ -18,7 +18,7 @@ def factors(h, dtype=np.float64, damping=0.01):
     return hessian.factor(jnp.asarray(h, dtype), damping)
 
 
-def stored_bits(found, states=8):
+def stored_bits(found, states=32):
     """All that is stored."""
     return levels.encode(found, states).stored_bits
 
@@ -253,6 +253,7 @@ def test_integers_beyond_eight_bits_take_sixteen_and_an_outlier_more():
     (dict(g=np.full(70, np.nan)), "the layer: the importance of its outputs must be 70 finite numbers >= 0"),
     (dict(g=-np.ones(70)), "from -1 to"),
     (dict(c=0.0), "the level must be positive and finite, got 0.0"), (dict(c=np.inf), "must be positive and finite"),
+    (dict(c=1e-12), "the layer: the level 1e-12 is too fine for float64: an integer would be"),
     (dict(w=np.full((70, 50), np.inf)), "the layer: the weight holds NaN or infinite"),
     (dict(h=np.diag(np.r_[-1e9, np.ones(49)])), "the layer: no damping up to"),
     (dict(config=cj.LevelConfig(rank=51)), "rank 51 exceeds")])

@@ -157,6 +157,16 @@ def test_a_level_that_misses_the_budget_is_corrected_and_that_too_can_be_cut_off
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("error", [0.97, 1.03])
+def test_the_last_block_makes_up_for_what_the_others_missed(config, tmp_path, monkeypatch, error):
+    measure = levels.measure
+    wrong = lambda *a: (curve := measure(*a))._replace(counts=[error * count for count in curve.counts])
+    monkeypatch.setattr(levels, "measure", wrong)
+    row = compress(dataclasses.replace(config, activations="compressed"), tmp_path / "out")
+    assert 0.995 * BITS <= row["bits_per_weight"] <= BITS
+    assert len({layer["level"] for layer in row["layers"]}) == 2  # of two blocks
+
+
 def test_kept_moments_and_gradients_are_read_again_and_change_no_byte(finished, config, tmp_path, monkeypatch):
     compress(config, tmp_path / "one", tmp_path / "moments")
     monkeypatch.setattr(calibration, "calibrate_block", None)

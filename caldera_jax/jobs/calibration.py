@@ -22,7 +22,7 @@ from caldera_jax.jobs import spread
 from caldera_jax.models import files, llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
-CHUNK = 2048  # tokens, or one window, whose streams through all blocks ``traces`` keeps at a time
+CHUNK = 2048  # tokens, or one window, whose streams through all blocks ``output_fisher`` keeps at a time
 
 Streams = list[list[np.ndarray]]  # [windows of the shard, s, d] of each shard that this process has, by device
 

@@ -179,9 +179,10 @@ def table(r: dict[str, Any]) -> str:
 def level_lines(r: dict[str, Any]) -> list[str]:
     """The level, and what it was to cost and has cost."""
     budget = f", for a budget of {r['budget_bits_per_weight']:.4f} bits a weight" if r["budget_bits_per_weight"] else ""
+    divergence = (f"predicted divergence {r['predicted_damage']:.4f}, measured {r['divergence']:.4f}; "
+                  if "divergence" in r else "")  # not of a model that was trained since
     return [f"  level             {r['level']:.6g}{budget}",
-            f"  nats a token      predicted divergence {r['predicted_damage']:.4f}, measured {r['divergence']:.4f}; "
-            f"log-perplexity lost {r['lost']:.4f}"]
+            f"  nats a token      {divergence}log-perplexity lost {r['lost']:.4f}"]
 
 
 def budget_lines(r: dict[str, Any]) -> list[str]:
@@ -312,7 +313,8 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
 
     Args:
         directory: of a compressed model, as compress wrote it.
-        text: enwiki or python (built in; the part that no run is calibrated on), a text file, or a directory.
+        text: enwiki or python (built in; the part that no run is calibrated on), a text file, a directory, or several
+            of these joined by +.
         windows: number of windows of text.
         window: tokens a window.
         context: tokens that a prediction may look back on, itself included; by default --window. With --tasks, the
@@ -358,7 +360,7 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
     else:
         value = evaluate.perplexity(model.config, model.params, views, title="perplexity", scored=scored)
     if spread.rank() == 0:
-        print(f"{directory}: perplexity {value:.4f} on {chosen.windows} windows of {chosen.window} tokens of "
+        print(f"{directory}: perplexity {value:.4f} on {len(tokens)} windows of {chosen.window} tokens of "
               f"{chosen.text}: context {context}, stride {stride}, {scored.sum()} tokens scored")
         print(*lines, sep="\n", end="\n" if lines else "")
 

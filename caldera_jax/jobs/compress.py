@@ -39,7 +39,7 @@ def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[
     Killed and started again with the same arguments, by any number of processes, it goes on with the unfinished layers
     and ends with the same bytes.  Memory: embedding and head, one block, its Moments and the residual streams, or one
     layer's workspace; see ``memory_need``.  Disk, until the run ends: 8 n² bytes for each input of n features, of all
-    blocks (of one block with ``activations="compressed"``).
+    blocks (of one block with ``activations="compressed"``, once the level is known).
     Raises ValueError for bad input (which layer, what to do) and OSError where the disk is full; finished layers stay.
     """
     start = time.perf_counter()
@@ -79,9 +79,14 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
     if config.level is not None:
         g = level.importance(job, tokens, run.work if kept is None else folder)
         if sequential and config.bits:  # known before any block is compressed, from fewer windows of the dense model
-            first, few = run.work / "first", config.importance.of(tokens, len(data.named(config.calibration.text)))
-            _calibrate(calibration.collect(model.config, model.params, few, chosen), job._replace(folder=first), chosen)
-            known = level.curves(job._replace(folder=first), g)
+            first = job._replace(folder=run.work / "first")
+            if config.hessians is None and not spread.first(level.measured(job)):
+                few = config.importance.of(tokens, len(data.named(config.calibration.text)))
+                _calibrate(calibration.collect(model.config, model.params, few, chosen), first, chosen)
+            known = level.curves(first, g)
+            spread.barrier()
+            if spread.rank() == 0:
+                shutil.rmtree(first.folder, ignore_errors=True)
     for group in [[index] for index in range(chosen)] if sequential else [range(chosen)]:
         if config.hessians is None:
             _calibrate(inputs, job, chosen, group if sequential else None)

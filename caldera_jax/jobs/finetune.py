@@ -184,7 +184,9 @@ def _summary(config: FinetuneConfig, origin: dict[str, Any], clock: report.Clock
     own = {**origin, **run.recall("training"), "perplexity_before": old["compressed_perplexity"], "perplexity": value,
            "bits_per_weight_before": old["bits_per_weight"], "seconds": report.seconds(clock.stages),
            "stages": clock.stages}
-    return {**old, "compressed_perplexity": value, "bits_per_weight": bits / old["compressed_weights"],
+    kept = {name: field for name, field in old.items() if name not in ("divergence", "predicted_damage")}
+    return {**kept, "compressed_perplexity": value, "lost": math.log(value / old["base_perplexity"]),
+            "bits_per_weight": bits / old["compressed_weights"],
             "stored_bytes": bits // 8, "model_bytes": artifact.model_bytes(trained.params),
             "disk_bytes": sum((run.out / f).stat().st_size for f in artifact.read_manifest(run.out)["files"]),
             "layers": rows, "finetune": [*old.get("finetune", []), own]}

@@ -26,7 +26,7 @@ from caldera_jax.linear import at_level
 from caldera_jax.models import data, files, llama
 from caldera_jax.models.convert import Model
 
-AIM, LEAST = 0.9985, 0.995  # of a budget: what is solved for, and what is enough
+AIM, LEAST = 0.999, 0.995  # of a budget: what is solved for, and what is enough
 BLOCKS, ROWS = 4, 64  # blocks that are measured first, and rows of a layer
 TRIES = 6
 
@@ -97,6 +97,12 @@ def curves(job: Work, g: Outputs) -> dict[str, Curve]:
     return found
 
 
+def measured(job: Work) -> bool:
+    """Whether all curves are kept."""
+    names = paths(range(count(job.config, job.model.config)))
+    return all(job.run.recall(f"{path}.curve2") is not None for path in names)
+
+
 def _measure(job: Work, g: Outputs, c: float | None, name: str, index: int, i: int) -> None:
     """The Curve of one layer, kept unless it is there.
 
@@ -109,21 +115,25 @@ def _measure(job: Work, g: Outputs, c: float | None, name: str, index: int, i: i
     _, w, h = job.given(index, i)
     if c is None:
         size = g[path] @ np.mean(np.asarray(w, np.float64) ** 2, axis=1) / len(w) * float(jnp.trace(h)) / len(h)
-        c = math.sqrt(max(size, 1e-30)) * 2.0**-config.bits
+        c = math.sqrt(max(size, 1e-30)) * 2.0 ** -min(config.bits, 6.0)
     some = min(len(w), ROWS)
     rows = np.arange(some) * len(w) // some
     *parts, _ = at_level(w, h, g[path], c, config.level, path, rows)
     job.run.keep(f"{path}.{name}", levels.measure(parts, c, config.level, rows)._asdict())
 
 
-def next_level(config: LevelConfig, known: Mapping[str, Curve], done: Mapping[str, tuple[float, int]],
-               budget: float) -> float:
-    """c for the layers that are not done: what is left of the budget, by their curves, as far as those of the others,
-    done at (c, with so many bits), have been right; a tenth of all taken to be."""
+def next_level(config: LevelConfig, known: Mapping[str, Curve], done: Done, budget: float, weights: int,
+               exact: bool = False) -> float:
+    """c for the layers that are not done, of so many weights: what is left of the budget, by their curves.
+
+    Unless these are ``exact``, as far as those of the others, done at (c, with so many bits), have been right; a tenth
+    of all taken to be.
+    """
     left = [curve for path, curve in known.items() if path not in done]
     spent = sum(bits for _, bits in done.values())
-    predicted = sum(known[path].bits(c, config) for path, (c, _) in done.items())
-    return levels.solve(left, (AIM * budget - spent) * (predicted + budget / 10) / (spent + budget / 10), config)
+    predicted = spent if exact else sum(known[path].bits(c, config) for path, (c, _) in done.items())
+    share = (predicted + budget / 10) / (spent + budget / 10)
+    return levels.solve(left, (AIM * budget - spent) * share, config, weights)
 
 
 def corrected(config: LevelConfig, known: Mapping[str, Curve],
@@ -139,12 +149,14 @@ def corrected(config: LevelConfig, known: Mapping[str, Curve],
 def compress(job: Work, group: range | list[int], g: Outputs, known: Mapping[str, Curve]) -> None:
     """Compress these blocks at the level given, or at the one that meets the budget as the curves predict it; the last
     of all again, at another, where all together do not."""
-    config, _, run, clock, _ = job
+    config, model, run, clock, _ = job
     name, own, before = f"level.{group[0]}", paths(group), paths(range(group[0]))
     done = {path: (row["level"], row["bits"]) for path in before for row in [run.recall(path)]}
-    whole = budget(config, job.model.config) if config.bits else math.inf
+    whole = budget(config, model.config) if config.bits else math.inf
+    left = llama.block_weights(model.config) * (count(config, model.config) - group[0])
     tried = spread.first(run.recall(name)) or [
-        config.c or spread.first(next_level(config.level, known, done, whole))]
+        config.c or spread.first(next_level(config.level, known, done, whole, left))]
+    totals = []
     while True:
         run.remember(name, tried)
         turn = f"at{len(tried)}"
@@ -152,15 +164,16 @@ def compress(job: Work, group: range | list[int], g: Outputs, known: Mapping[str
             job.each(group, "compress", partial(_layer, job, g, tried[-1], turn))
             run.wait([f"{path}.{turn}" for path in own])
         found = {path: tuple(run.recall(f"{path}.{turn}")) for path in own}
-        total = sum(bits for _, bits in (done | found).values())
-        last = group[-1] + 1 == count(config, job.model.config)
-        if not config.bits or not last or LEAST * whole <= total <= whole:
+        totals.append(sum(bits for _, bits in (done | found).values()))
+        last = group[-1] + 1 == count(config, model.config)
+        if not config.bits or not last or LEAST * whole <= totals[-1] <= whole:
             return
         if len(tried) == TRIES:
-            raise ValueError(f"no level found takes {config.bits} bits a weight, up to 0.5 % less: the nearest takes "
-                             f"{total / weights(config, job.model.config):.4f}; give another budget")
-        known = corrected(config.level, known, found)
-        tried = [*tried, spread.first(next_level(config.level, known, done, whole))]
+            nearest = min(totals, key=lambda total: abs(total - whole)) / weights(config, model.config)
+            raise ValueError(f"no level found takes {config.bits} bits a weight, or up to 0.5 % less: the nearest "
+                             f"takes {nearest:.4f}; give another budget")
+        exact = corrected(config.level, known, found)
+        tried = [*tried, spread.first(next_level(config.level, exact, done, whole, left, True))]
 
 
 def _layer(job: Work, g: Outputs, c: float, turn: str, index: int, i: int) -> None:

@@ -119,8 +119,8 @@ class Data:
     """Of finetune."""
 
     text: Str = None
-    """enwiki (built in; the part that the run is not evaluated on), a text file or a directory; with --goal labels a
-    file of JSON lines {"text": …, "label": …}."""
+    """enwiki or python (built in; the part that no run is evaluated on), a text file or a directory; with --goal
+    labels a file of JSON lines {"text": …, "label": …}."""
     windows: Int = None
     """of text, those for validation included; with --goal labels all lines are taken."""
     window: Int = None

@@ -171,8 +171,15 @@ def documents_beside(text: str, other: str, part: Literal["calibration", "evalua
 
 
 def named(text: str) -> list[str]:
-    """The texts of a name: those that + joins, unless it is the name of a file."""
-    return [text] if Path(text).expanduser().exists() else text.split("+")
+    """The texts of a name: those that + joins, unless it is the name of a file.  ValueError for empty or repeated ones.
+    """
+    names = [name.strip() for name in text.split("+")]
+    if len(names) == 1 or os.path.exists(Path(text).expanduser()):
+        return [text]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"the text {text!r} joins an empty name, or one twice: give each text once, as in "
+                         "enwiki+python")
+    return names
 
 
 # ---- built-ins
