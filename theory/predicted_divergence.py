@@ -14,7 +14,12 @@ Proof.  (1) is the second-order term of Σ p log(p / q); the first vanishes with
 but for the same entry.  (3) is an assumption: independence of the input and of the gradient at the output, and no
 correlation between outputs.
 
-Verdict: VERDICT
+Verdict: the shape holds, the size is too small. On SmolLM2-135M, g and H from 16 windows, measured divergence is 1.82
+to 1.87 times the predicted one from 5 to 3 bits: it goes with c² over a factor of 17 in divergence. At 2 bits it is
+1.96 times, at 1.1 bits 2.11; at 0.4, where little of the model is left, 1.36. At 2 bits the kinds of layers alone lose
+0.701 nats and all together 0.713: they add up. Too small it is for every kind (1.6 to 2.2), and less so with more
+windows (1.4 with 32 for g and 64 for H, ``experiments/results/level``): errors are largest where g and H came out small
+by chance.
 """
 
 from dataclasses import dataclass
@@ -88,7 +93,9 @@ def draw(result: dict):
     left.loglog(c, [r["predicted_damage"] for r in rows], "o:", label="½ Σ g e H eᵀ")
     left.loglog(c, [r["divergence"] for r in rows], "s-", label="measured")
     left.loglog(c, rows[0]["predicted_damage"] * (np.array(c) / c[0]) ** 2, color="0.5", linewidth=0.6, label="∝ c²")
-    left.set(xlabel="level c", ylabel="D_KL, nats a token", title=result["config"]["model"])
+    left.set(xlabel="level c", ylabel="D_KL, nats a token", title=result["config"]["model"],
+             xticks=[1e-5, 1e-4, 1e-3])
+    left.minorticks_off()
     left.legend()
     middle.plot([r["bits_per_weight"] for r in rows], [r["divergence"] / r["predicted_damage"] for r in rows], "o-")
     middle.axhline(1, color="0.5", linewidth=0.6)
