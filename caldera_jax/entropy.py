@@ -28,7 +28,7 @@ DEAD = -64  # the class of a row or column that is all zeros: it is not coded, a
 OUTLIER = 64  # bits of an integer that the tables do not hold, place and value
 COLUMNS = 128  # of a lane
 START = np.uint32(1 << 16)
-PRICE = {1: 0.116, 2: 0.37}  # λ in steps² a bit: 2 ln 2 D, D the mean square of a rounding (``levels.price``)
+PRICE = {1: 0.116, 2: 0.37}  # λ in steps² a bit, about ``levels.price``; what is stored depends on it, so it stays
 LANE = 48  # bits of a lane beside its words: its state and its length
 
 
@@ -69,10 +69,9 @@ def tables(spacing: int) -> Tables:
     """For the integers of one parity (spacing 2), or for all (1).
 
     Between q and its neighbour p the targets change hands where (y − q)² + λ bits(q) = (y − p)² + λ bits(p), with bits
-    that follow from the cells: a few rounds from equal bits.  On layers of SmolLM2 at 1.5 and 2 bits this saves 0.02
-    and 0.01 bit a weight, and pooled counts would not save 0.003 more.
-    Computed in float64 and rounded; no frequency is so near to where it would be another that a processor's last bits
-    could matter (tested), as writer and reader must have the same ones.
+    that follow from the cells: a few rounds from equal bits.  Computed in float64 and rounded; no frequency is so near
+    to where it would be another that a processor's last bits could matter (tested), as writer and reader must have the
+    same ones.
     """
     reach = 127  # symbols fit in 8 bits
     width, parity, k = np.meshgrid(range(WIDTHS[0], WIDTHS[1] + 1), range(spacing), range(-reach, reach + 1),

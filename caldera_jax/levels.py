@@ -250,8 +250,8 @@ def measure(parts: Sequence[Levelled | None], c: float, config: LevelConfig, row
         _, q, row, column, spread, width = map(np.asarray, part)
         of_q = spread[rows] if i == 0 else spread
         bits, classes = entropy.bits(q, of_q, width, config.states)
-        # Widths fitted to few rows save there what they will not save: 1 / (2 ln 2) bit each, and, as they are rounded
-        # to classes, six tenths of it on layers of SmolLM2.
+        # Widths fitted to few rows save there what they will not save elsewhere: 1 / (2 ln 2) bit each, less what
+        # rounding to classes leaves.  The share is a guess; a sum that misses the budget is corrected.
         fitted = 0.6 * (1 - len(of_q) / len(spread)) / math.log(4) * len(width)
         predicted = expected[np.clip(classes, *entropy.WIDTHS) - entropy.WIDTHS[0]].sum()
         scale = (bits.sum() + fitted) / predicted if predicted > 0 else 1.0

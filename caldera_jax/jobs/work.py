@@ -76,5 +76,3 @@ def record(path: str, layer: CompressedLinear, error: float, damping: float, hal
             "rank": layer.rank, "q_bits": q_bits, "factor_bits": factor_bits, "damping": damping,
             "half_step_errors": half_steps, "seconds": round(part["seconds"], 3),
             "compile_seconds": round(part["compile_seconds"], 3), "process": spread.rank()}
-
-
