@@ -9,6 +9,7 @@ Integers lie in lanes of at most 64 x 128, whole sequences of the trellis one af
 its own, of 16-bit words beside a state of 32 bits, and all lanes are coded side by side.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import NamedTuple
@@ -144,24 +145,36 @@ def encode(integers: Int[np.ndarray, "m n"], row: Int[np.ndarray, " m"], column:
 def decode(stream: Stream, row: Int[np.ndarray, " m"], column: Int[np.ndarray, " n"],
            states: int) -> Int32[np.ndarray, "m n"]:
     """What ``encode`` was given.  ValueError where a stream does not end as it began: damaged, or of other classes."""
-    m, n = len(row), len(column)
-    shape = lanes(m, n)
-    of_row = np.pad(row, (0, -m % SEQUENCE), constant_values=DEAD).reshape(-1, SEQUENCE)
-    of_column = np.pad(column, (0, -n % COLUMNS), constant_values=DEAD).reshape(-1, COLUMNS)
-    of_row, of_column = (np.ascontiguousarray(a.T, np.int32)
-                         for a in (np.repeat(of_row, shape[1], axis=0), np.tile(of_column, (shape[0], 1))))
-    first = np.cumsum(stream.lengths, dtype=np.int32) - stream.lengths
+    return decode_all([stream], [row], [column], states)[0]
+
+
+def decode_all(streams: Sequence[Stream], rows: Sequence[Int[np.ndarray, " _"]],
+               columns: Sequence[Int[np.ndarray, " _"]], states: int) -> list[Int32[np.ndarray, "_ _"]]:
+    """Several at once: the lanes of all side by side.  Raises as ``decode``, whichever is damaged."""
+    shapes = [lanes(len(row), len(column)) for row, column in zip(rows, columns, strict=True)]
+    below = lambda a, length: np.pad(a, (0, -len(a) % length), constant_values=DEAD).reshape(-1, length)
+    of_row, of_column = (np.ascontiguousarray(np.concatenate(each).T, np.int32) for each in (
+        [np.repeat(below(row, SEQUENCE), across, axis=0) for row, (_, across) in zip(rows, shapes, strict=True)],
+        [np.tile(below(column, COLUMNS), (down, 1)) for column, (down, _) in zip(columns, shapes, strict=True)]))
+    words, lengths, starts = (np.concatenate([stream[i] for stream in streams]) for i in range(3))
+    first = np.cumsum(lengths, dtype=np.int32) - lengths
     room = len(first) * (COLUMNS * SEQUENCE * PRECISION // 16 + 2)  # for as many as there can be: one program a shape
-    if len(stream.words) != stream.lengths.sum(dtype=np.int64) or len(stream.words) >= room:
+    if any(len(s.words) != s.lengths.sum(dtype=np.int64) for s in streams) or len(words) >= room:
         raise ValueError("a stream of coded integers is damaged: its words are not as many as its lanes say")
-    words = np.pad(stream.words, (0, room - len(stream.words)))
-    q, ends, read = jax.device_get(_pull(words, first, stream.states, of_row, of_column, states))
-    if (ends != START).any() or (read - first != stream.lengths).any() or (stream.places >= m * n).any():
+    words = np.pad(words, (0, room - len(words)))
+    of_all, ends, read = jax.device_get(_pull(words, first, starts, of_row, of_column, states))
+    sizes = [len(row) * len(column) for row, column in zip(rows, columns, strict=True)]
+    if (ends != START).any() or (read - first != lengths).any() or any(
+            (stream.places >= size).any() for stream, size in zip(streams, sizes, strict=True)):
         raise ValueError("a stream of coded integers is damaged, or is read with other scales than it was written with")
-    q = q.reshape(COLUMNS, SEQUENCE, *shape).transpose(2, 1, 3, 0).reshape(SEQUENCE * shape[0], -1)
-    q = q[:m, :n].astype(np.int32, order="C")
-    q.reshape(-1)[stream.places] = stream.values
-    return q
+    found = []
+    for stream, shape, q, row, column in zip(streams, shapes, np.split(of_all, np.cumsum([*map(math.prod, shapes)])[:-1],
+                                                                       axis=1), rows, columns, strict=True):
+        q = q.reshape(COLUMNS, SEQUENCE, *shape).transpose(2, 1, 3, 0).reshape(SEQUENCE * shape[0], -1)
+        q = q[:len(row), :len(column)].astype(np.int32, order="C")
+        q.reshape(-1)[stream.places] = stream.values
+        found.append(q)
+    return found
 
 
 class Classes(NamedTuple):
@@ -186,12 +199,15 @@ def encode_classes(arrays: Sequence[Int[np.ndarray, " _"]]) -> Classes:
     return Classes(encode(np.hstack(apart), np.zeros(SEQUENCE, np.int32), columns, 1), middles, widths)
 
 
-def decode_classes(found: Classes, sizes: Sequence[int]) -> list[Int32[np.ndarray, " _"]]:
-    """The arrays, of these sizes.  ValueError where they are damaged."""
-    columns = [-(-size // SEQUENCE) for size in sizes]
-    widths = np.repeat(found.widths.astype(np.int32), columns)
-    apart = np.split(decode(found.stream, np.zeros(SEQUENCE, np.int32), widths, 1), np.cumsum(columns)[:-1], axis=1)
-    return [a.T.ravel()[:size] + middle for a, size, middle in zip(apart, sizes, found.middles, strict=True)]
+def decode_classes(found: Sequence[Classes], sizes: Sequence[Sequence[int]]) -> list[list[Int32[np.ndarray, " _"]]]:
+    """The arrays, of these sizes, of several layers at once.  ValueError where they are damaged."""
+    columns = [[-(-size // SEQUENCE) for size in of] for of in sizes]
+    widths = [np.repeat(of.widths.astype(np.int32), count) for of, count in zip(found, columns, strict=True)]
+    rows = [np.zeros(SEQUENCE, np.int32)] * len(found)
+    streams = decode_all([of.stream for of in found], rows, widths, 1)
+    return [[a.T.ravel()[:size] + middle for a, size, middle in zip(
+        np.split(stream, np.cumsum(count)[:-1], axis=1), of_sizes, of.middles, strict=True)]
+            for stream, count, of_sizes, of in zip(streams, columns, sizes, found, strict=True)]
 
 
 def _folded(a):

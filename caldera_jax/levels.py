@@ -44,7 +44,7 @@ class LevelConfig:
     damping: added to H in units of its mean diagonal.
     """
 
-    states: int = 32
+    states: int = 64
     bit_price: float | None = None
     rank: int = 0
     damping: float = 0.01
@@ -61,7 +61,7 @@ class LevelConfig:
 class Integers:
     """What stands in place of a grid of fixed rate: integers of any size, coded by a trellis of so many states."""
 
-    states: int = 32
+    states: int = 64
     block: ClassVar[int] = 1
     group: ClassVar[None] = None
 
@@ -108,19 +108,20 @@ def narrow(found: Levelled) -> Levelled:
                     *(jnp.asarray(classes, jnp.int16) for classes in found[2:]))
 
 
-def encode(found: Levelled, states: int = 32) -> Coded:
+def encode(found: Levelled, states: int = 64) -> Coded:
     """As it is stored.  Host function."""
     found = Levelled(*map(np.asarray, found))
     return Coded(found.level, entropy.encode(found.integers, found.spread, found.width, states),
                  entropy.encode_classes(_sides(found.row, found.spread, found.column, found.width)))
 
 
-def decode(stored: Coded, shape: tuple[int, int], states: int = 32) -> Levelled:
-    """The same again, to the bit.  Host function.  ValueError where a stream is damaged."""
-    m, n = shape
-    row, size, column, height = entropy.decode_classes(stored.sides, (m, m, n, n))
-    spread, width = size - row, height - column
-    return Levelled(stored.level, entropy.decode(stored.integers, spread, width, states), row, column, spread, width)
+def decode(stored: Sequence[Coded], shapes: Sequence[tuple[int, int]], states: int = 64) -> list[Levelled]:
+    """The same again, to the bit, all at once.  Host function.  ValueError where a stream is damaged."""
+    sides = entropy.decode_classes([one.sides for one in stored], [(m, m, n, n) for m, n in shapes])
+    spreads, widths = ([of[i] - of[i - 1] for of in sides] for i in (1, 3))
+    integers = entropy.decode_all([one.integers for one in stored], spreads, widths, states)
+    return [Levelled(one.level, q, row, column, spread, width) for one, q, (row, _, column, _), spread, width in zip(
+        stored, integers, sides, spreads, widths, strict=True)]
 
 
 def _sides(row, spread, column, width):
@@ -143,7 +144,7 @@ def price(states: int) -> float:
     return 2 * math.log(2) * DISTORTION[states]
 
 
-def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " m"], c: ArrayLike, states: int = 32,
+def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " m"], c: ArrayLike, states: int = 64,
              bit_price: float | None = None, rows: Int[Array, " r"] | None = None) -> Levelled:
     """Integers at level c: small Σ_i g_i e_i H e_iᵀ + λ c² bits.  H is that of the factors, of block 1.
 

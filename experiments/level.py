@@ -56,6 +56,12 @@ def alike(job, tokens, folder) -> dict[str, np.ndarray]:
     return found
 
 
+def elsewhere(importance: Callable[..., Any], job, tokens, folder):
+    """Importance from program text."""
+    text = Tokens("python", job.config.calibration.windows, tokens.shape[1])
+    return importance(job, data.windows_beside(job.model.tokenizer, text, "", "calibration"), folder)
+
+
 def one_step(quantize: Callable[..., Any], w, factors, *more, **named):
     """The same step in all columns: the geometric mean of theirs."""
     mean = jnp.exp(jnp.mean(jnp.log(jnp.diagonal(factors.root))))
@@ -96,15 +102,17 @@ def changed(*patches) -> Iterator[None]:
 PLAIN = "all parts"
 SETTINGS: dict[str, dict[str, Any]] = {
     PLAIN: {},
-    "scalar integers": {"level": LevelConfig(states=1)}, "64 states": {"level": LevelConfig(states=64)},
+    "scalar integers": {"level": LevelConfig(states=1)}, "8 states": {"level": LevelConfig(states=8)},
+    "256 states": {"level": LevelConfig(states=256)},
     "bits for nothing": {"level": LevelConfig(bit_price=0.0)},
     "half their price": {"level": LevelConfig(bit_price=0.18)},
     "twice their price": {"level": LevelConfig(bit_price=0.74)},
     "outputs of a layer alike": {"importance": Importance(shrinkage=1.0)}, "layers alike, too": {},
     "columns alike": {}, "inputs rotated": {}, "on compressed blocks": {"activations": "compressed"},
-    "importance from 4 windows": {"importance": Importance(windows=4)},
-    "importance from 64 windows": {"importance": Importance(windows=64)},
-    "importance as estimated": {"importance": Importance(floor=0.0, shrinkage=0.0)},
+    **{f"importance from {windows} windows": {"importance": Importance(windows=windows)} for windows in (4, 16, 64)},
+    "importance without floor": {"importance": Importance(floor=0.0)},
+    "importance without shrinkage": {"importance": Importance(shrinkage=0.0)},
+    "importance shrunk by 0.3": {"importance": Importance(shrinkage=0.3)}, "importance on python": {},
     "16 windows of text": {"calibration": 16}, "on python": {"text": "python"},
     "on both texts": {"text": "enwiki+python"},
 }
@@ -113,6 +121,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def patches(part: str) -> list[Any]:
     """What is replaced in the package."""
     return {"layers alike, too": [patch.object(level, "importance", alike)],
+            "importance on python": [patch.object(level, "importance", partial(elsewhere, level.importance))],
             "columns alike": [patch.object(levels, "quantize", partial(one_step, levels.quantize))],
             "inputs rotated": [patch.object(level, "at_level", partial(rotated, level.at_level)),
                                patch.object(linear, "packed", partial(turned, linear.packed))]}.get(part, [])

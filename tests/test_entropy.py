@@ -52,6 +52,17 @@ def test_outliers_and_widths_beyond_the_tables_come_back_too(states):
     np.testing.assert_array_equal(entropy.decode(stream, row, column, states), q)
 
 
+def test_streams_that_are_read_together_are_those_read_one_by_one():
+    rows, columns, integers = zip(*(drawn(*shape, 8, seed) for seed, shape in enumerate(SHAPES)), strict=True)
+    integers[1][-1, -1] -= 4 * 10**8  # an outlier
+    streams = [entropy.encode(*of, 8) for of in zip(integers, rows, columns, strict=True)]
+    for ours, theirs in zip(integers, entropy.decode_all(streams, rows, columns, 8), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    streams[2] = streams[2]._replace(words=streams[2].words ^ 1)
+    with pytest.raises(ValueError, match="damaged"):
+        entropy.decode_all(streams, rows, columns, 8)
+
+
 @pytest.mark.parametrize("states", [1, 8])
 @pytest.mark.parametrize("wide", [-1.0, 0.5, 2.0])
 def test_a_stream_is_as_small_as_its_probabilities_say(states, wide):
@@ -106,7 +117,7 @@ def test_classes_come_back_and_take_about_their_entropy():
               for size, n, middle in ((5, 576, 70), (1.3, 576, -31), (9, 1537, 4), (0.05, 1, -200))]
     arrays[1][[3, 7]] = entropy.DEAD, 9000
     found = entropy.encode_classes(arrays)
-    for ours, theirs in zip(arrays, entropy.decode_classes(found, [len(a) for a in arrays]), strict=True):
+    for ours, theirs in zip(arrays, entropy.decode_classes([found], [[len(a) for a in arrays]])[0], strict=True):
         np.testing.assert_array_equal(ours, theirs)
     gaussian = sum(len(a) * np.log2(size * np.sqrt(2 * np.pi * np.e))
                    for a, size in zip(arrays, (5, 1.3, 9), strict=False))
@@ -114,7 +125,8 @@ def test_classes_come_back_and_take_about_their_entropy():
     words = found.stream.words.copy()
     words[9] ^= 4
     with pytest.raises(ValueError, match="damaged"):
-        entropy.decode_classes(found._replace(stream=found.stream._replace(words=words)), [len(a) for a in arrays])
+        entropy.decode_classes([found._replace(stream=found.stream._replace(words=words))],
+                               [[len(a) for a in arrays]])
 
 
 @pytest.mark.parametrize("spacing", [1, 2])

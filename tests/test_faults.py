@@ -18,9 +18,11 @@ from test_compress import weight_files
 from caldera_jax.jobs import cli
 from caldera_jax.models import files
 
-COMPRESS = ["compress", "model", "--rank", "4", "--outer-iterations", "600", "--processes", "1", "--calibration-text",
-            "text.txt", "--calibration-windows", "8", "--calibration-window", "32", "--evaluation-text", "text.txt",
-            "--evaluation-windows", "6", "--evaluation-window", "32"]
+MODEL = ["compress", "model", "--processes", "1", "--calibration-text", "text.txt", "--calibration-windows", "8",
+         "--calibration-window", "32", "--evaluation-text", "text.txt", "--evaluation-windows", "6",
+         "--evaluation-window", "32"]
+COMPRESS = [*MODEL, "--rank", "4", "--outer-iterations", "600"]
+LEVEL = [*MODEL, "--bits", "3.5", "--states", "256", "--activations", "compressed"]
 FINETUNE = ["finetune", "compressed", "--ranks", "2", "--reconstruct", "1", "--epochs", "4", "--validate", "3",
             "--text", "text.txt", "--windows", "22", "--window", "32", "--aside", "6"]
 
@@ -48,10 +50,10 @@ def start(place: Path, command: list[str], out: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
-@pytest.mark.parametrize("command", [COMPRESS, FINETUNE], ids=["compress", "finetune"])
-def test_killed_at_twenty_random_times_it_ends_with_the_bytes_of_an_unbroken_run(place, command):
-    whole, clock, kills, attempt, states = place / f"{command[0]}_whole", random.Random(0), 0, 0, set()
-    assert start(place, command, f"{command[0]}_first").wait() == 0  # what it compiles is kept
+@pytest.mark.parametrize(("name", "command"), [("fixed", COMPRESS), ("level", LEVEL), ("finetune", FINETUNE)])
+def test_killed_at_twenty_random_times_it_ends_with_the_bytes_of_an_unbroken_run(place, name, command):
+    whole, clock, kills, attempt, states = place / f"{name}_whole", random.Random(0), 0, 0, set()
+    assert start(place, command, f"{name}_first").wait() == 0  # what it compiles is kept
     begun, process = time.monotonic(), start(place, command, whole.name)
     while not whole.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -59,7 +61,7 @@ def test_killed_at_twenty_random_times_it_ends_with_the_bytes_of_an_unbroken_run
     assert process.wait() == 0
     lasts = time.monotonic() - begun
     while kills < 20:
-        out = place / f"{command[0]}_{attempt}"
+        out = place / f"{name}_{attempt}"
         process = start(place, command, out.name)
         try:
             process.wait(clock.uniform(writes, lasts))

@@ -178,7 +178,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -233,23 +233,39 @@ def _named(name: str, value: Any) -> dict[str, np.ndarray]:
     return {key: array for part in parts for key, array in part.items()}
 
 
-def _part(arrays: dict[str, np.ndarray], name: str, shape: tuple[int, int], grid: Any) -> Packed | Levelled | None:
-    if f"{name}.level" in arrays:
-        own = {key.removeprefix(f"{name}."): array for key, array in arrays.items()}
-        of = lambda prefix: Stream(*(own[f"{prefix}.{field}"] for field in Stream._fields))
-        sides = Classes(of("sides.stream"), own["sides.middles"], own["sides.widths"])
-        return levels.narrow(levels.decode(Coded(own["level"], of("integers"), sides), shape, grid.states))
-    return Packed(arrays[f"{name}.codes"], arrays[f"{name}.scale"]) if f"{name}.codes" in arrays else None
-
-
 def layer_from(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> CompressedLinear:
     """The layer that ``layer_arrays`` and ``layer_meta`` describe.  ValueError for a damaged stream of free rate."""
-    (m, n), rank, grids = meta["shape"], meta.get("rank", 0), tuple(_grid(g) for g in meta["grids"])
-    parts = (_part(arrays, *of) for of in zip(PARTS, ((m, n), (m, rank), (rank, n)), grids, strict=True))
+    return layers_from({"": arrays}, {"": meta})[""]
+
+
+def layers_from(arrays: dict[str, dict[str, np.ndarray]], metas: dict[str, dict[str, Any]]
+                ) -> dict[str, CompressedLinear]:
+    """Several, all their streams read side by side."""
+    parts: dict[tuple[str, str], Packed | Levelled] = {}
+    coded: dict[int, dict[tuple[str, str], tuple[Coded, tuple[int, int]]]] = {}  # by states
+    for of, own in arrays.items():
+        (m, n), rank = metas[of]["shape"], metas[of].get("rank", 0)
+        for name, shape, grid in zip(PARTS, ((m, n), (m, rank), (rank, n)), metas[of]["grids"], strict=True):
+            if f"{name}.level" in own:
+                coded.setdefault(grid["states"], {})[of, name] = _coded(own, name), shape
+            elif f"{name}.codes" in own:
+                parts[of, name] = Packed(own[f"{name}.codes"], own[f"{name}.scale"])
+    for states, each in coded.items():
+        parts |= zip(each, map(levels.narrow, levels.decode(*zip(*each.values(), strict=True), states)), strict=True)
+    return {of: _layer(own, metas[of], *(parts.get((of, name)) for name in PARTS)) for of, own in arrays.items()}
+
+
+def _coded(arrays: dict[str, np.ndarray], name: str) -> Coded:
+    own = {key.removeprefix(f"{name}."): array for key, array in arrays.items()}
+    of = lambda prefix: Stream(*(own[f"{prefix}.{field}"] for field in Stream._fields))
+    return Coded(own["level"], of("integers"), Classes(of("sides.stream"), own["sides.middles"], own["sides.widths"]))
+
+
+def _layer(arrays: dict[str, np.ndarray], meta: dict[str, Any], *parts: Packed | Levelled | None) -> CompressedLinear:
     sides = (arrays[name] if name in arrays else tuple(arrays[key] for key in sorted(arrays) if key.startswith(name))
              for name in ("left_side", "right_side"))
     trained = tuple(arrays[f"trained.{i}"] for i in range(2)) if "trained.0" in arrays else None
-    return CompressedLinear(*parts, *sides, (m, n), grids, trained)
+    return CompressedLinear(*parts, *sides, tuple(meta["shape"]), tuple(map(_grid, meta["grids"])), trained)
 
 
 def layer_meta(layer: CompressedLinear) -> dict[str, Any]:
@@ -334,20 +350,37 @@ def _block(path: Path, layers: dict[str, Any], index: int) -> Block:
     """The block in this file, each weight read when it is asked for."""
     with safe_open(path, "np") as file:
         names = dict.fromkeys(key.split(".", 1)[0] for key in file.keys())  # noqa: SIM118
-    return Block({name: partial(_weight, path, name, layers.get(f"blocks.{index}.{name}")) for name in names})
+    metas = {name: meta for name in names if (meta := layers.get(f"blocks.{index}.{name}"))}
+    return Block({name: partial(_weight, path, name, metas) for name in names})
 
 
-def _weight(path: Path, name: str, meta: dict[str, Any] | None) -> np.ndarray | CompressedLinear:
-    """A dense array, or the layer that ``meta`` describes."""
-    with safe_open(path, "np") as file:
-        if meta is None:
+def _weight(path: Path, name: str, metas: dict[str, Any]) -> np.ndarray | CompressedLinear:
+    """A dense array, or the layer that its meta describes."""
+    if name not in metas:
+        with safe_open(path, "np") as file:
             return file.get_tensor(name)
-        arrays = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys()  # noqa: SIM118
-                  if key.startswith(f"{name}.")}
     try:
-        return jax.tree.map(jax.numpy.asarray, layer_from(arrays, meta))
+        try:
+            layer = _levelled(path, path.stat().st_mtime_ns, json.dumps(metas))[name]
+        except (KeyError, ValueError):  # not of a level, or some layer is damaged: this one alone
+            layer = layer_from(_arrays(path, name), metas[name])
+        return jax.tree.map(jax.numpy.asarray, layer)
     except ValueError as error:
         raise ValueError(f"{path}: {name}: {error}: restore the file or compress the model again") from error
+
+
+@lru_cache(maxsize=1)
+def _levelled(path: Path, changed: int, metas: str) -> dict[str, CompressedLinear]:
+    """A block's layers of free rate, read together, as few lanes take as long as many; the last block's are kept."""
+    chosen = {name: meta for name, meta in json.loads(metas).items() if "states" in (meta["grids"][0] or {})}
+    return layers_from({name: _arrays(path, name) for name in chosen}, chosen)
+
+
+def _arrays(path: Path, name: str) -> dict[str, np.ndarray]:
+    """Those of one layer."""
+    with safe_open(path, "np") as file:
+        return {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys()  # noqa: SIM118
+                if key.startswith(f"{name}.")}
 
 
 def model_bytes(params: Params) -> int:
