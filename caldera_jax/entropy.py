@@ -5,7 +5,7 @@ spacing k + parity, has the probability of all targets that it is the best for: 
 integers have more of them, these cells do not end in the middle between neighbours.  Widths are small integers, the sum
 of one for the row and one for the column, so that all tables are made once and no layer stores one.
 
-Integers lie in lanes of at most 64 x 128, whole sequences of the trellis one after the other.  A lane is a stream of
+Integers lie in lanes of at most 256 x 32, whole sequences of the trellis one after the other.  A lane is a stream of
 its own, of 16-bit words beside a state of 32 bits, and all lanes are coded side by side.
 """
 
@@ -27,7 +27,8 @@ PRECISION = 12  # bits of a frequency: those of a row sum to 4096
 WIDTHS = (-24, 44)  # standard deviations of 1/8 to 45 steps
 DEAD = -64  # the class of a row or column that is all zeros: it is not coded, and the trellis passes it over
 OUTLIER = 64  # bits of an integer that the tables do not hold, place and value
-COLUMNS = 128  # of a lane
+COLUMNS = 32  # of a lane
+LIST = 64  # integers in a column, where those of a list are coded
 START = np.uint32(1 << 16)
 PRICE = {1: 0.116, 2: 0.37}  # λ in steps² a bit, about ``levels.price``; what is stored depends on it, so it stays
 LANE = 48  # bits of a lane beside its words: its state and its length
@@ -196,14 +197,14 @@ def encode_classes(arrays: Sequence[Int[np.ndarray, " _"]]) -> Classes:
     apart = [_folded(a - middle) for a, middle in zip(arrays, middles, strict=True)]
     widths = np.array([_best_width(a) for a in apart], np.int8)
     columns = np.repeat(widths.astype(np.int32), [a.shape[1] for a in apart])
-    return Classes(encode(np.hstack(apart), np.zeros(SEQUENCE, np.int32), columns, 1), middles, widths)
+    return Classes(encode(np.hstack(apart), np.zeros(LIST, np.int32), columns, 1), middles, widths)
 
 
 def decode_classes(found: Sequence[Classes], sizes: Sequence[Sequence[int]]) -> list[list[Int32[np.ndarray, " _"]]]:
     """The arrays, of these sizes, of several layers at once.  ValueError where they are damaged."""
-    columns = [[-(-size // SEQUENCE) for size in of] for of in sizes]
+    columns = [[-(-size // LIST) for size in of] for of in sizes]
     widths = [np.repeat(of.widths.astype(np.int32), count) for of, count in zip(found, columns, strict=True)]
-    rows = [np.zeros(SEQUENCE, np.int32)] * len(found)
+    rows = [np.zeros(LIST, np.int32)] * len(found)
     streams = decode_all([of.stream for of in found], rows, widths, 1)
     return [[a.T.ravel()[:size] + middle for a, size, middle in zip(
         np.split(stream, np.cumsum(count)[:-1], axis=1), of_sizes, of.middles, strict=True)]
@@ -212,7 +213,7 @@ def decode_classes(found: Sequence[Classes], sizes: Sequence[Sequence[int]]) -> 
 
 def _folded(a):
     """[64, columns] of a list, with zeros at its end."""
-    return np.pad(a, (0, -len(a) % SEQUENCE)).reshape(-1, SEQUENCE).T
+    return np.pad(a, (0, -len(a) % LIST)).reshape(-1, LIST).T
 
 
 def _best_width(a):
@@ -222,7 +223,7 @@ def _best_width(a):
 
 
 def _lanes(a, fill):
-    """[8192, lanes] of a matrix [m, n]: 128 columns of 64 rows, one after the other."""
+    """[8192, lanes] of a matrix [m, n]: 32 columns of 256 rows, one after the other."""
     m, n = a.shape
     a = np.pad(a, ((0, -m % SEQUENCE), (0, -n % COLUMNS)), constant_values=fill)
     a = a.reshape(-1, SEQUENCE, a.shape[1] // COLUMNS, COLUMNS).transpose(3, 1, 0, 2)

@@ -33,7 +33,7 @@ from caldera_jax.regression import rank_constrained
 from caldera_jax.trellis import SEQUENCE, STATES, trellis, viterbi
 
 # Mean square of a rounding at high rate, in steps² (measured: tests/test_level.py).
-DISTORTION = {1: 1 / 12, 4: 0.272, 8: 0.268, 16: 0.267, 32: 0.265, 64: 0.264, 128: 0.263, 256: 0.261}
+DISTORTION = {1: 1 / 12, 4: 0.268, 8: 0.262, 16: 0.260, 32: 0.256, 64: 0.254, 128: 0.252, 256: 0.250}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class LevelConfig:
         for name, value in (("bit_price", self.bit_price or 0), ("rank", self.rank), ("damping", self.damping)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+    @property
+    def price(self) -> float:
+        """λ."""
+        return price(self.states) if self.bit_price is None else self.bit_price
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,8 @@ def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " 
              bit_price: float | None = None, rows: Int[Array, " r"] | None = None) -> Levelled:
     """Integers at level c: small Σ_i g_i e_i H e_iᵀ + λ c² bits.  H is that of the factors, of block 1.
 
-    Rows are independent given H, so that the feedback of a column is scalar and exact, and its sequences of 64 outputs
-    are lanes.  O(m n² + m n states); n columns one after the other, 64 steps each.  ``rows``: the integers of these
+    Rows are independent given H, so that the feedback of a column is scalar and exact, and its sequences of 256
+    outputs are lanes.  O(m n² + m n states); n columns one after the other, 256 steps each.  ``rows``: the integers of these
     alone, a sample (all else is of the whole).
     """
     n, lam = w.shape[1], price(states) if bit_price is None else bit_price
@@ -226,25 +231,26 @@ class Curve(NamedTuple):
         """Predicted: where the steps are twice as large, the targets are half as wide."""
         classes = self.lowest - 8 * math.log2(c / self.c) + np.arange(len(self.counts))
         known = np.arange(entropy.WIDTHS[0], entropy.WIDTHS[1] + 1)
-        return float(np.interp(classes, known, rates(config.states, config.bit_price)) @ self.counts) + self.side
+        return float(np.interp(classes, known, rates(config)) @ self.counts) + self.side
 
 
 @cache
-def rates(states: int, bit_price: float | None = None) -> Float[np.ndarray, " widths"]:
-    """Bits that the search spends on a Gaussian target, by the class of its width: measured on 2048 of each."""
-    widths = np.repeat(np.arange(entropy.WIDTHS[0], entropy.WIDTHS[1] + 1), 32)
-    drawn = np.random.default_rng(0).standard_normal((SEQUENCE, len(widths))) * 2.0 ** (widths / 8)
+def rates(config: LevelConfig, length: int = SEQUENCE) -> Float[np.ndarray, " widths"]:
+    """Bits that the search spends on a Gaussian target in sequences of this length, by the class of its width: measured
+    on 2048 of each, or a few more."""
+    each = -(-2048 // length)
+    widths = np.repeat(np.arange(entropy.WIDTHS[0], entropy.WIDTHS[1] + 1), each)
+    drawn = np.random.default_rng(0).standard_normal((length, len(widths))) * 2.0 ** (widths / 8)
     of_each = np.broadcast_to(widths, drawn.shape).astype(np.int32)
-    q = jax.jit(search, static_argnums=(2, 3))(drawn.astype(np.float32), of_each, price(states) if bit_price is None
-                                               else bit_price, states, np.zeros(drawn.shape, bool))
-    bits, _ = entropy.bits(np.asarray(q), np.zeros(SEQUENCE, np.int32), widths, states)
-    return np.maximum.accumulate(bits.reshape(SEQUENCE, -1, 32).mean((0, 2)))
+    q = jax.jit(search, static_argnums=(2, 3))(drawn.astype(np.float32), of_each, config.price, config.states,
+                                               np.zeros(drawn.shape, bool))
+    bits, _ = entropy.bits(np.asarray(q), np.zeros(length, np.int32), widths, config.states)
+    return np.maximum.accumulate(bits.reshape(length, -1, each).mean((0, 2)))
 
 
 def measure(parts: Sequence[Levelled | None], c: float, config: LevelConfig, rows: Int[np.ndarray, " r"]) -> Curve:
     """The Curve of what ``decompose`` found at level c, Z of these rows alone.  Host function."""
     counts, side, lowest = np.zeros(2 * (128 - entropy.DEAD)), 0, 2 * entropy.DEAD
-    expected = rates(config.states, config.bit_price)
     for i, part in enumerate(parts):
         if part is None:
             continue
@@ -254,7 +260,8 @@ def measure(parts: Sequence[Levelled | None], c: float, config: LevelConfig, row
         # Widths fitted to few rows save there what they will not save elsewhere: 1 / (2 ln 2) bit each, less what
         # rounding to classes leaves.  The share is a guess; a sum that misses the budget is corrected.
         fitted = 0.6 * (1 - len(of_q) / len(spread)) / math.log(4) * len(width)
-        predicted = expected[np.clip(classes, *entropy.WIDTHS) - entropy.WIDTHS[0]].sum()
+        of_sample = rates(config, len(of_q)) if len(of_q) < min(len(spread), SEQUENCE) else rates(config)
+        predicted = of_sample[np.clip(classes, *entropy.WIDTHS) - entropy.WIDTHS[0]].sum()
         scale = (bits.sum() + fitted) / predicted if predicted > 0 else 1.0
         histograms = (np.bincount(a[a > entropy.DEAD] - entropy.DEAD, minlength=1) for a in (spread, width))
         both = scale * np.convolve(*histograms)

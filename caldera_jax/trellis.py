@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 POLYNOMIALS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24),
                128: (0o235, 0o126), 256: (0o515, 0o362)}
 STATES = (1, *POLYNOMIALS)
-SEQUENCE = 64  # integers of a sequence, at most
+SEQUENCE = 256  # integers of a sequence, at most: to begin in a known state costs some 3 bits
 
 
 class Trellis(NamedTuple):

@@ -57,8 +57,8 @@ def test_the_search_finds_the_cheapest_of_all_legal_integers(states, bit_price):
 
 @pytest.mark.parametrize("states", levels.DISTORTION)
 def test_the_distortion_that_prices_a_bit_is_measured(states):
-    """A trellis of 256 states lowers it from 1/3, of the integers of one parity, to 0.26: 1.06 dB."""
-    y = 11.3 * jax.random.normal(jax.random.key(0), (64, 300))
+    """A trellis of 256 states lowers it from 1/3, of the integers of one parity, to 0.25: 1.25 dB."""
+    y = 11.3 * jax.random.normal(jax.random.key(0), (256, 100))
     width, nothing = jnp.full(y.shape, 28, jnp.int32), jnp.zeros(y.shape, bool)
     q = jax.jit(levels.search, static_argnums=(2, 3))(y, width, levels.price(states), states, nothing)
     assert float(jnp.mean((y - q.astype(y.dtype)) ** 2)) == pytest.approx(levels.DISTORTION[states], rel=0.02)
@@ -77,7 +77,7 @@ def test_one_state_and_bits_for_nothing_is_rounding_with_feedback():
     np.testing.assert_allclose(found.dense(jnp.float64), q, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (43, 21), (130, 70), (64, 129)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (43, 21), (300, 40), (256, 33)])
 def test_any_size_is_stored_and_comes_back(shape):
     m, n = shape
     w, h = matrices.gaussian(m, n, 0), matrices.hessian("power", n, 0)
@@ -120,11 +120,11 @@ def test_important_outputs_have_smaller_errors():
 
 def test_rows_do_not_depend_on_each_other_beyond_their_sequence():
     """What makes rows shardable in whole sequences: but for s_j, which looks at all of a column."""
-    w, h = matrices.gaussian(192, 40, 0), matrices.hessian("geometric", 40, 0)
+    w, h = matrices.gaussian(600, 40, 0), matrices.hessian("geometric", 40, 0)
     f = factors(h)
-    whole = levels.quantize(jnp.asarray(w), f, jnp.ones(192), 0.4, bit_price=0.0)
-    part = levels.quantize(jnp.asarray(w[64:128]), f, jnp.ones(64), 0.4, bit_price=0.0)
-    np.testing.assert_array_equal(whole.integers[64:128], part.integers)
+    whole = levels.quantize(jnp.asarray(w), f, jnp.ones(600), 0.4, bit_price=0.0)
+    part = levels.quantize(jnp.asarray(w[256:512]), f, jnp.ones(256), 0.4, bit_price=0.0)
+    np.testing.assert_array_equal(whole.integers[256:512], part.integers)
 
 
 def test_more_states_and_a_trellis_leave_a_smaller_gap_to_the_limit():

@@ -65,7 +65,7 @@ def price(sigma: np.ndarray, step: np.ndarray | float, states: int) -> np.ndarra
     widths = np.arange(entropy.WIDTHS[0], entropy.WIDTHS[1] + 1)
     with np.errstate(divide="ignore"):
         classes = 8 * np.log2(np.asarray(sigma) / step)
-    return np.interp(classes, widths, levels.rates(states))
+    return np.interp(classes, widths, levels.rates(LevelConfig(states)))
 
 
 def extra_bits(w: np.ndarray, root: np.ndarray, d: np.ndarray, c: float, ranks, states: int) -> dict[int, float]:

@@ -22,10 +22,10 @@ Fine-tuned, ``left_side`` and ``right_side`` are float16 [m] and [n], the s them
 ``trained.1`` [r, n], bfloat16 or float32, are the first r rows of Lᵀ and R, those of the codes the others.
 
 **A layer of free rate**, grids Integers: W ≈ diag(a) Z diag(b) + L R, a_i = level 2^(row_i / 8), b_j = 2^(column_j/8);
-L [m, k] and R [k, n] are made as Z is, and ``layers`` has k as ``rank``.  Z is range coded, 64 x 128 numbers to a lane.
+L [m, k] and R [k, n] are made as Z is, and ``layers`` has k as ``rank``.  Z is range coded, 256 x 32 numbers to a lane.
 
     q.level             float32 or float64 []
-    q.integers.words    uint16 [words]      of all lanes, one lane after the other, the first 64 rows first
+    q.integers.words    uint16 [words]      of all lanes, one lane after the other, the first 256 rows first
     q.integers.lengths  uint16 [lanes]      how many words of them
     q.integers.states   uint32 [lanes]      where the decoder begins
     q.integers.places   uint32 [outliers]   i n + j of integers that the tables do not hold
@@ -132,12 +132,12 @@ names and the ``layers`` entry ``meta``:
         table, (m, n) = frequencies(spacing), (len(row), len(column))
         ends, words, at = table.cumsum(1), np.append(words, 0), lengths.cumsum() - lengths
         row, column = (np.pad(a, (0, -len(a) % size), constant_values=-64).reshape(-1, size)
-                       for a, size in ((row, 64), (column, 128)))
+                       for a, size in ((row, 256), (column, 32)))
         x, at = (a.reshape(len(row), len(column)) for a in (x, at))
-        z = np.zeros((len(row), 64, len(column), 128), int)
-        for j in range(128):
+        z = np.zeros((len(row), 256, len(column), 32), int)
+        for j in range(32):
             state = np.zeros(x.shape, int)
-            for i in range(64):
+            for i in range(256):
                 r, c, parity = row[:, i, None], column[:, j], state >> shift
                 live, t = (r > -64) & (c > -64), (np.clip(r + c, -24, 44) + 24) * spacing + parity
                 k = (ends[t] <= (x & 4095)[..., None]).sum(-1)
@@ -148,7 +148,7 @@ names and the ``layers`` entry ``meta``:
                 z[:, i, :, j] = q = np.where(live, spacing * (k - 127) + parity, 0)
                 after = (state << 1 & mask) ^ (h0 & mask) * parity ^ (h1 & mask) * (q >> 1 & 1)
                 state = np.where(live, after, state)
-        z = np.ascontiguousarray(z.reshape(64 * len(row), -1)[:m, :n])
+        z = np.ascontiguousarray(z.reshape(256 * len(row), -1)[:m, :n])
         z.flat[places] = arrays[f"{name}.values"]
         return z
 
