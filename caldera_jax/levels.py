@@ -237,8 +237,8 @@ class Curve(NamedTuple):
 @cache
 def rates(config: LevelConfig, length: int = SEQUENCE) -> Float[np.ndarray, " widths"]:
     """Bits that the search spends on a Gaussian target in sequences of this length, by the class of its width: measured
-    on 2048 of each, or a few more."""
-    each = -(-2048 // length)
+    on 16,384 of each, or a few more."""
+    each = -(-16_384 // length)
     widths = np.repeat(np.arange(entropy.WIDTHS[0], entropy.WIDTHS[1] + 1), each)
     drawn = np.random.default_rng(0).standard_normal((length, len(widths))) * 2.0 ** (widths / 8)
     of_each = np.broadcast_to(widths, drawn.shape).astype(np.int32)
