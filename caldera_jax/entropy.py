@@ -157,6 +157,9 @@ def decode_all(streams: Sequence[Stream], rows: Sequence[Int[np.ndarray, " _"]],
     of_row, of_column = (np.ascontiguousarray(np.concatenate(each).T, np.int32) for each in (
         [np.repeat(below(row, SEQUENCE), across, axis=0) for row, (_, across) in zip(rows, shapes, strict=True)],
         [np.tile(below(column, COLUMNS), (down, 1)) for column, (down, _) in zip(columns, shapes, strict=True)]))
+    counts = [*map(math.prod, shapes)]
+    if any({len(s.lengths), len(s.states)} != {count} for s, count in zip(streams, counts, strict=True)):
+        raise ValueError("a stream of coded integers is damaged: it has not as many lanes as its matrix")
     words, lengths, starts = (np.concatenate([stream[i] for stream in streams]) for i in range(3))
     first = np.cumsum(lengths, dtype=np.int32) - lengths
     room = len(first) * (COLUMNS * SEQUENCE * PRECISION // 16 + 2)  # for as many as there can be: one program a shape
@@ -168,9 +171,8 @@ def decode_all(streams: Sequence[Stream], rows: Sequence[Int[np.ndarray, " _"]],
     if (ends != START).any() or (read - first != lengths).any() or any(
             (stream.places >= size).any() for stream, size in zip(streams, sizes, strict=True)):
         raise ValueError("a stream of coded integers is damaged, or is read with other scales than it was written with")
-    found = []
-    for stream, shape, q, row, column in zip(streams, shapes, np.split(of_all, np.cumsum([*map(math.prod, shapes)])[:-1],
-                                                                       axis=1), rows, columns, strict=True):
+    found, apart = [], np.split(of_all, np.cumsum(counts)[:-1], axis=1)
+    for stream, shape, q, row, column in zip(streams, shapes, apart, rows, columns, strict=True):
         q = q.reshape(COLUMNS, SEQUENCE, *shape).transpose(2, 1, 3, 0).reshape(SEQUENCE * shape[0], -1)
         q = q[:len(row), :len(column)].astype(np.int32, order="C")
         q.reshape(-1)[stream.places] = stream.values

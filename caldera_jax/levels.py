@@ -154,8 +154,8 @@ def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " 
     """Integers at level c: small Σ_i g_i e_i H e_iᵀ + λ c² bits.  H is that of the factors, of block 1.
 
     Rows are independent given H, so that the feedback of a column is scalar and exact, and its sequences of 256
-    outputs are lanes.  O(m n² + m n states); n columns one after the other, 256 steps each.  ``rows``: the integers of these
-    alone, a sample (all else is of the whole).
+    outputs are lanes.  O(m n² + m n states); n columns one after the other, 256 steps each.  ``rows``: the integers of
+    these alone, a sample (all else is of the whole).
     """
     n, lam = w.shape[1], price(states) if bit_price is None else bit_price
     d, c = jnp.diagonal(factors.root) ** 2, jnp.asarray(c, w.dtype)

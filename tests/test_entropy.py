@@ -106,7 +106,8 @@ def test_a_damaged_stream_is_noticed():
             entropy.decode(stream._replace(words=words), row, column, 8)
     with pytest.raises(ValueError, match="other scales"):
         entropy.decode(stream, row + 8, column, 8)
-    for other in ({"words": stream.words[:-1]}, {"places": np.uint32([10_000]), "values": np.int32([300])}):
+    for other in ({"words": stream.words[:-1]}, {"states": stream.states[1:]}, {"lengths": stream.lengths[1:]},
+                  {"places": np.uint32([10_000]), "values": np.int32([300])}):
         with pytest.raises(ValueError, match="damaged"):
             entropy.decode(stream._replace(**other), row, column, 8)
 
