@@ -164,7 +164,8 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
         size = jnp.exp(jnp.mean(jnp.log(a)))  # beside b, so that sums of integers stay in the range of half precision
         integers = Rows((weight.q.integers,), lambda tile: tile)
         y = multiply(rotated * (b * size).astype(x.dtype)[None], (integers, None, None), stages, m)
-        y = y * (a / size).astype(x.dtype)[None] + multiply(rotated, (None, left_t, right), stages, m)
+        y = y * (a / size).astype(x.dtype)[None]
+        y = y if right is None else y + multiply(rotated, (None, left_t, right), stages, m)
     else:
         q = weight.q if stages[0] or weight.q is None else _rows(weight.grids[0], weight.q, n)
         y = multiply(rotated, (q, left_t, right), stages, m)
