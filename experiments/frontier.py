@@ -8,7 +8,9 @@ The embedding stays dense.  A seed sets the calibration tokens, the same for all
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import baselines
 import jax
@@ -21,16 +23,16 @@ from baselines import Layer
 from fronts import draw, verdict
 from machinery import Experiment, Result
 
-from caldera_jax import CalderaConfig, allocate, rate_distortion_error, relative_error
+from caldera_jax import CalderaConfig, LevelConfig, allocate, rate_distortion_error, relative_error
 from caldera_jax.allocate import Option
-from caldera_jax.jobs import calibration, evaluate
-from caldera_jax.jobs.compress import calibrated
+from caldera_jax.jobs import artifact, calibration, compress, evaluate
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.models import data, files, llama
 
 WORK = Path("out/frontier")
 METHODS = baselines.METHODS | low_rank.METHODS | pruning.METHODS | sharing.METHODS
 FISHER = ("gradient", "lqlora", "kmeans")  # methods that look at the gradients
-WHOLE = {"drop_blocks": "pruning", "share_blocks": "sharing"}  # methods of a whole model, and their families
+WHOLE = {"drop_blocks": "pruning", "share_blocks": "sharing", "level": "one level"}  # methods of a whole model
 PREDICTED = [Option(0, 2), Option(0, 3), Option(0, 4), *(Option(rank, 2) for rank in (8, 16, 32, 64))]
 LIMIT_BITS = tuple(np.arange(1, 8.5, 0.5).tolist())
 
@@ -59,7 +61,7 @@ def points(preset: str) -> list[tuple[str, tuple[tuple[str, Any], ...]]]:
     if preset == "smoke":
         return [point("limit"), point("theory"), point("rtn", bits=4), point("svd_data", bits=8.0),
                 point("qera", rank=2), point("wanda", kept=0.5), point("kmeans_shared", bits=2),
-                point("drop_blocks", count=1)]
+                point("drop_blocks", count=1), point("level", bits=4.0)]
     if preset == "some":  # the weights are a dequantized Q4_1: unrotated scalar grids of 4 bits would mean nothing
         return [point("limit"), *each("e8p", "bits", (2, 3, 4)), point("rtn", bits=8), point("rtn", bits=3, group=64),
                 point("gptq", bits=3, group=64), point("gptq_rotated", bits=3), point("ternary"),
@@ -69,7 +71,8 @@ def points(preset: str) -> list[tuple[str, tuple[tuple[str, Any], ...]]]:
                 point("caldera", rank=16, q_bits=3, outer_iterations=5),
                 point("sparsegpt", kept=0.6, value_bits=4), point("wanda", kept=0.5),
                 point("sparsegpt", kept=0.5, pattern="2:4", value_bits=4), point("columns", kept=0.9, value_bits=4),
-                point("drop_blocks", count=3, value_bits=4), point("share_blocks", group=2, value_bits=4)]
+                point("drop_blocks", count=3, value_bits=4), point("share_blocks", group=2, value_bits=4),
+                *each("level", "bits", (1.5, 2.0, 3.0, 4.0))]
     return [
         point("limit"), point("theory"), *each("rtn", "bits", (2, 3, 4, 8)), *each("rtn", "bits", (2, 3, 4), group=64),
         point("rtn", bits=3, clip=False), *each("nf", "bits", (2, 3, 4)), *each("gptq", "bits", (2, 3, 4)),
@@ -94,6 +97,7 @@ def points(preset: str) -> list[tuple[str, tuple[tuple[str, Any], ...]]]:
         *each("drop_blocks", "count", (1, 2), value_bits=4), point("drop_blocks", count=1, value_bits=8),
         *each("kmeans_shared", "bits", (2, 3, 4)), point("kronecker", bits=6.0, value_bits=8),
         *each("share_blocks", "group", (2, 3, 5), value_bits=4), *each("embedding", "rank", (96, 144), value_bits=8),
+        *each("level", "bits", (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)),
     ]
 
 
@@ -108,7 +112,7 @@ def runs(preset: str) -> list[Config]:
 def seeds(method: str) -> int:
     """Three where the calibration tokens or a random number enter the result, else one."""
     found = METHODS.get(method)
-    return 3 if method in ("drop_blocks", "theory") or found and (found.data or found.random) else 1
+    return 3 if method in ("drop_blocks", "level", "theory") or found and (found.data or found.random) else 1
 
 
 def tokens(name: str, windows: int, window: int, seed: int, part: str) -> np.ndarray:
@@ -124,7 +128,7 @@ def statistics(name: str, windows: int, window: int, seed: int, part: str) -> Pa
     model = machinery.model(name)
     folder = WORK / machinery.fingerprint(name)[:12] / f"{part}_{windows}_{window}_{seed}"
     with machinery.claimed(folder / "moments", wait=True):
-        if not calibrated(folder, model.config.layers):
+        if not compress.calibrated(folder, model.config.layers):
             for found in calibration.collect(model.config, model.params, tokens(name, windows, window, seed, part)):
                 calibration.spill(folder, *found)
     return folder
@@ -172,6 +176,8 @@ def measure(config: Config) -> Result:
         if config.method == "drop_blocks":
             params, bits = pruning.drop_blocks(model.config, model.params, tokens(*data_of, config.seed, "calibration"),
                                                **settings)
+        elif config.method == "level":
+            params, bits, errors = levelled(config, held_out, **settings)
         else:
             params, bits = sharing.share_blocks(model.config, model.params, **settings)
     else:
@@ -221,6 +227,21 @@ def replaced_block(config: Config, index: int, calibrated_on: Path, held_out: Pa
         block[name], bits = np.asarray(found.weight), bits + found.bits
         errors.append(float(relative_error(np.float32(w), block[name], theirs[name])))
     return block, bits, errors
+
+
+def levelled(config: Config, held_out: Path, bits: float) -> tuple[llama.Params, int, list[float]]:
+    """All layers at one level, as ``caldera compress`` finds it on the seed's tokens: the model, its bits, and the
+    layers' errors on held-out text."""
+    model, data_of = machinery.model(config.model), (config.model, config.windows, config.window)
+    own = tokens(*data_of, config.seed, "calibration"), tokens(*data_of, 0, "evaluation")[:1]
+    asked = RunConfig(machinery.source(config.model), bits=bits, level=LevelConfig(), seed=config.seed)
+    with TemporaryDirectory() as folder, patch.object(compress, "texts", lambda *_: own):
+        found = compress.compress(asked, out := Path(folder) / "out", WORK / "level")
+        blocks = [dict(block) | {name: np.asarray(block[name].dense()) for name in llama.LINEARS}
+                  for block in artifact.load(out).params["blocks"]]
+    errors = [float(relative_error(np.float32(model.params["blocks"][index][name]), block[name], h))
+              for index, block in enumerate(blocks) for name, h in hessians(held_out, index).items()]
+    return model.params | {"blocks": blocks}, sum(row["bits"] for row in found["layers"]), errors
 
 
 def limit(name: str, held_out: Path, sources: str) -> list[float]:

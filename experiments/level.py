@@ -108,9 +108,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "outputs of a layer alike": {"importance": Importance(shrinkage=1.0)}, "layers alike, too": {},
     "columns alike": {}, "inputs rotated": {}, "on compressed blocks": {"activations": "compressed"},
     **{f"importance from {windows} windows": {"importance": Importance(windows=windows)} for windows in (4, 64)},
-    "importance without floor": {"importance": Importance(floor=0.0)},
-    "importance without shrinkage": {"importance": Importance(shrinkage=0.0)},
-    "importance shrunk by 0.3": {"importance": Importance(shrinkage=0.3)}, "importance on python": {},
+    "importance as estimated": {"importance": Importance(floor=0.0, shrinkage=0.0)}, "importance on python": {},
     "16 windows of text": {"calibration": 16}, "on python": {"text": "python"},
     "on both texts": {"text": "enwiki+python"},
 }

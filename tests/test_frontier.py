@@ -119,9 +119,10 @@ def test_committed_bits_never_depend_on_the_seed(name):
             assert 0.99 * r["config"]["bits"] <= r["bits_per_weight"] <= r["config"]["bits"] or (
                 r["config"]["rule"] == "uniform" and r["bits_per_weight"] <= r["config"]["bits"])
     # of two masks the cheaper is stored, and of a split rank a part may be empty, whose scale is not
-    chosen = ("magnitude", "wanda", "sparsegpt", "gradient", "pruning", "srr")
+    chosen = ("magnitude", "wanda", "sparsegpt", "gradient", "pruning", "srr", "level")  # the last: under a budget
     assert all(len(values) == 1 for label, values in bits.items() if not label.startswith(chosen))
-    assert all(max(values) < 1.001 * min(values) for values in bits.values())
+    assert all(max(values) < 1.005 * min(values) if label.startswith("level") else max(values) < 1.001 * min(values)
+               for label, values in bits.items())
 
 
 # ---- allocation
