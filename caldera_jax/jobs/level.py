@@ -26,7 +26,7 @@ from caldera_jax.linear import at_level
 from caldera_jax.models import data, files, llama
 from caldera_jax.models.convert import Model
 
-AIM, LEAST = 0.999, 0.995  # of a budget: what is solved for, and what is enough
+AIM, KNOWN, LEAST = 0.9975, 0.999, 0.995  # of a budget: what is solved for, first and by bits found, and enough
 BLOCKS, ROWS = 4, 64  # blocks that are measured first, and rows of a layer
 TRIES = 6
 
@@ -133,7 +133,7 @@ def next_level(config: LevelConfig, known: Mapping[str, Curve], done: Done, budg
     spent = sum(bits for _, bits in done.values())
     predicted = spent if exact else sum(known[path].bits(c, config) for path, (c, _) in done.items())
     share = (predicted + budget / 10) / (spent + budget / 10)
-    return levels.solve(left, (AIM * budget - spent) * share, config, weights)
+    return levels.solve(left, ((KNOWN if exact or done else AIM) * budget - spent) * share, config, weights)
 
 
 def corrected(config: LevelConfig, known: Mapping[str, Curve],
