@@ -18,8 +18,8 @@ Verdict: the shape holds, the size is too small. On SmolLM2-135M, g and H from 1
 to 1.87 times the predicted one from 5 to 3 bits: it goes with c² over a factor of 17 in divergence. At 2 bits it is
 1.96 times, at 1.1 bits 2.11; at 0.4, where little of the model is left, 1.36. At 2 bits the kinds of layers alone lose
 0.701 nats and all together 0.713: they add up. Too small it is for every kind (1.6 to 2.2), and less so with more
-windows (1.4 to 1.5 with 32 for g and 64 for H, ``experiments/results/level``): errors are largest where g and H came out small
-by chance.
+windows (1.4 to 1.5 with 32 for g and 64 for H, ``experiments/results/level``): errors are largest where g and H came
+out small by chance.
 """
 
 from dataclasses import dataclass
