@@ -157,7 +157,7 @@ def quantize(w: Float[Array, "m n"], factors: HessianFactors, g: Float[Array, " 
     outputs are lanes.  O(m n² + m n states); n columns one after the other, 256 steps each.  ``rows``: the integers of
     these alone, a sample (all else is of the whole).
     """
-    n, lam = w.shape[1], price(states) if bit_price is None else bit_price
+    n, lam = w.shape[1], LevelConfig(states, bit_price).price
     d, c = jnp.diagonal(factors.root) ** 2, jnp.asarray(c, w.dtype)
     row, column = octave(1 / jnp.sqrt(g)), octave(1 / jnp.sqrt(d))
     w, b = w / (c * power(row, w.dtype))[:, None], power(column, w.dtype)
