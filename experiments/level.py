@@ -99,13 +99,13 @@ def changed(*patches) -> Iterator[None]:
         jax.clear_caches()
 
 
-PLAIN = "all parts"
+PLAIN, ALIKE = "all parts", "layers alike, too"
 SETTINGS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "scalar integers": {"level": LevelConfig(states=1)}, "8 states": {"level": LevelConfig(states=8)},
     "bits for nothing": {"level": LevelConfig(bit_price=0.0)},
     "twice their price": {"level": LevelConfig(bit_price=0.74)},
-    "outputs of a layer alike": {"importance": Importance(shrinkage=1.0)}, "layers alike, too": {},
+    "outputs of a layer alike": {"importance": Importance(shrinkage=1.0)}, ALIKE: {},
     "columns alike": {}, "inputs rotated": {}, "on compressed blocks": {"activations": "compressed"},
     **{f"importance from {windows} windows": {"importance": Importance(windows=windows)} for windows in (4, 64)},
     "importance as estimated": {"importance": Importance(floor=0.0, shrinkage=0.0)}, "importance on python": {},
@@ -116,7 +116,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def patches(part: str) -> list[Any]:
     """What is replaced in the package."""
-    return {"layers alike, too": [patch.object(level, "importance", alike)],
+    return {ALIKE: [patch.object(level, "importance", alike)],
             "importance on python": [patch.object(level, "importance", partial(elsewhere, level.importance))],
             "columns alike": [patch.object(levels, "quantize", partial(one_step, levels.quantize))],
             "inputs rotated": [patch.object(level, "at_level", partial(rotated, level.at_level)),
@@ -132,7 +132,7 @@ def runs(preset: str) -> list[Config]:
     if preset == "smoke":
         return [Config("tiny-smoke", part, bits, 8, 64, 0)
                 for part, bits in ((PLAIN, 4.0), (PLAIN, 5.0), ("scalar integers", 4.0), ("inputs rotated", 4.0))]
-    few = ("scalar integers", "bits for nothing", "outputs of a layer alike", "layers alike, too", "columns alike",
+    few = ("scalar integers", "bits for nothing", "outputs of a layer alike", ALIKE, "columns alike",
            "inputs rotated", "on compressed blocks")
     points = [(PLAIN, bits) for bits in (2.0, 2.5, 3.0, 4.0)] + [(part, 3.0) for part in few]
     tiny = [Config("tiny", part, bits, 32, 256, seed) for part, bits in points for seed in range(3)]
@@ -215,21 +215,22 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result]):
-    """Nats lost against bits on both texts, predicted against measured divergence, and what each change costs."""
+    """Divergence against bits on both texts, predicted against measured divergence, and what each change costs."""
     names = list(dict.fromkeys(r["config"]["model"] for r in results))
     figure, panels = axes(3, len(names), height=2.8)
     for row, name in enumerate(names):
         left, middle, right = panels[3 * row:3 * row + 3]
         for i, part in enumerate((PLAIN, "on both texts")):
-            rows = cell(results, name, part)
+            own = cell(results, name, part)
+            cells = [cell(own, name, part, bits) for bits in dict.fromkeys(r["config"]["bits"] for r in own)]
             for text, marker in (("", "o-"), ("python", "s--")):
-                if rows:
-                    lost = [(r[text] if text else r)["lost"] for r in rows]
-                    left.semilogy([r["bits_per_weight"] for r in rows], lost, f"C{i}{marker}",
-                                  label=f"{part}: {text or 'enwiki'}")
-        left.set(xlabel="stored bits per weight", ylabel="nats lost a token", title=name)
+                if cells:
+                    left.semilogy([np.mean([r["bits_per_weight"] for r in rows]) for rows in cells],
+                                  [np.mean([(r[text] if text else r)["divergence"] for r in rows]) for rows in cells],
+                                  f"C{i}{marker}", label=f"{part}: {text or 'enwiki'}")
+        left.set(xlabel="stored bits per weight", ylabel="divergence, nats a token", title=name)
         left.legend()
-        rows = [r for r in results if r["config"]["model"] == name]
+        rows = [r for r in results if r["config"]["model"] == name and r["config"]["part"] != ALIKE]  # not in nats
         for part in dict.fromkeys(r["config"]["part"] for r in rows):
             own = cell(results, name, part)
             middle.loglog([r["predicted_damage"] for r in own], [r["divergence"] for r in own],
@@ -249,5 +250,5 @@ def draw(results: Sequence[Result]):
     return figure
 
 
-EXPERIMENT = Experiment("level", "one level for all weights loses half of what fixed rates lose at 2 bits, and every "
-                        "part of it is worth its bits", runs, measure, draw, verdict)
+EXPERIMENT = Experiment("level", "one level for all weights loses half of what fixed rates lose at 2 bits, and "
+                        "trellis, column steps and importance are each worth bits", runs, measure, draw, verdict)

@@ -54,21 +54,20 @@ def start(place: Path, command: list[str], out: str) -> subprocess.Popen:
 def test_killed_at_twenty_random_times_it_ends_with_the_bytes_of_an_unbroken_run(place, name, command):
     whole, clock, kills, attempt, states = place / f"{name}_whole", random.Random(0), 0, 0, set()
     assert start(place, command, f"{name}_first").wait() == 0  # what it compiles is kept
-    begun, process = time.monotonic(), start(place, command, whole.name)
-    while not whole.exists() and process.poll() is None:
-        time.sleep(0.01)
-    writes = time.monotonic() - begun  # from here on there is something to lose
+    process = start(place, command, whole.name)
+    begun = writing(process, whole)
     assert process.wait() == 0
     lasts = time.monotonic() - begun
     while kills < 20:
         out = place / f"{name}_{attempt}"
         process = start(place, command, out.name)
+        writing(process, out)
         try:
-            process.wait(clock.uniform(writes, lasts))
+            process.wait(clock.uniform(0, lasts))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             kills += process.wait() != 0
-            states.add(frozenset(path.relative_to(out) for path in out.rglob("*")))
+            states.add(found(out))
         else:
             attempt += 1
             assert process.returncode == 0
@@ -76,6 +75,19 @@ def test_killed_at_twenty_random_times_it_ends_with_the_bytes_of_an_unbroken_run
     assert start(place, command, out.name).wait() == 0
     assert weight_files(out) == weight_files(whole)
     assert len(states) > 5, sorted(map(len, states))
+
+
+def found(out: Path) -> frozenset[Path]:
+    """All files of a directory that is being written."""
+    return frozenset(path.relative_to(out) for path in out.rglob("*"))
+
+
+def writing(process: subprocess.Popen, out: Path) -> float:
+    """When the process first changed the directory: from here on there is something to lose."""
+    before = found(out)
+    while found(out) == before and process.poll() is None:
+        time.sleep(0.01)
+    return time.monotonic()
 
 
 # ---- bad input
