@@ -76,10 +76,11 @@ class Run:
 
     def report(self) -> dict[str, Any] | None:
         """The report, if this run is finished; its directory of unfinished work is removed."""
-        if self.complete() and (done := self._read(self.out / "report.json")) is not None:
-            shutil.rmtree(self.work, ignore_errors=True)
-            return done
-        return None
+        if not self.complete() or not (path := self.out / "report.json").is_file():
+            return None
+        done = report.read(path)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return done
 
     def complete(self) -> bool:
         """Whether the artifact is whole (its report may still be missing)."""
@@ -111,7 +112,7 @@ class Run:
         try:
             kept = self.recall(path)
             return kept and artifact.layer_from(files.read_arrays(self.work / f"{path}.safetensors"), kept["meta"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             tqdm.write(f"{path}: kept, but not readable ({error}); compressing it again")
             return None
 
