@@ -90,9 +90,10 @@ class AtLevel(TypedDict):
 
 def read(path: Path) -> dict[str, Any]:
     """A report; ValueError naming a file that is missing or damaged, or a field of it that is not as it was written."""
-    found = files.checked(files.read_json(path), Report, path)
-    for mark, more in {"allocation": Planned, "level": AtLevel}.items():
-        found = files.checked(found, more, path) if mark in found else found
+    found = files.read_json(path)
+    for mark, kind in {"model": Report, "allocation": Planned, "level": AtLevel}.items():
+        if kind is Report or mark in found:
+            files.checked(found, kind, path)
     if not found["layers"]:
         raise ValueError(f"{path}: no layers: restore the file, or compress the model again")
     return found

@@ -6,6 +6,7 @@ tokens that are bos_token, eos_token, unk_token and pad_token, and the chat_temp
 
 import json
 from collections.abc import Mapping
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,19 @@ _SPLITTERS = {  # of byte-level tokenizers, by GGUF's names
 
 def encode(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " s"]:
     """Token ids of ``text`` with none added: no BOS or EOS, which is also the perplexity protocol here."""
-    try:
+    with _refused("the tokenizer cannot encode this text", "repair its tokenizer.json"):
         return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"the tokenizer cannot encode this text ({error}): repair its tokenizer.json") from error
+
+
+@contextmanager
+def _refused(what, remedy):
+    """What the library raises as a ValueError: bare Exceptions, and BaseExceptions where it panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what} ({error}); {remedy}") from error
 
 
 def from_directory(path: str | Path) -> Tokenizer:
@@ -52,10 +62,8 @@ def from_directory(path: str | Path) -> Tokenizer:
             f"{path}: no tokenizer.json. Save the model's fast tokenizer there "
             f"(transformers: AutoTokenizer.from_pretrained(...).save_pretrained({str(path)!r}))"
         )
-    try:
+    with _refused(f"{file}: not a readable tokenizer file", "download it again"):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file}: not a readable tokenizer file ({error}); download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -278,10 +286,11 @@ def _byte_level(fields, tokens):
         raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(_SPLITTERS)}")
     pairs = files.checked(_value(fields, "tokenizer.ggml.merges"), list[str], "tokenizer.ggml.merges")
     ids, merges = _ids(tokens), [tuple(pair.split(" ")) for pair in pairs]
-    try:
-        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"the GGUF file's merges and tokens do not fit ({error}); convert the file again") from error
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
+            raise ValueError(f"the GGUF file's merges and tokens do not fit ({' '.join(pair)!r} is no merge of two "
+                             "tokens to a third); convert the file again")
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
