@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import shutil
 import signal
 from contextlib import contextmanager
@@ -331,6 +332,73 @@ def test_inspect_of_a_changed_report_is_refused_or_shown(compressed, tmp_path, c
         capsys.readouterr()
 
     endure(read, change, count)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda r: r.pop("layers"), "report.json: there is no layers"),
+    (lambda r: r.update(layers=[]), "report.json: no layers"),
+    (lambda r: r["layers"].pop(), "report.json: its layers are not those of manifest.json"),
+    (lambda r: r["layers"][3].pop("error"), r"report.json: layers\[3\]: there is no error"),
+    (lambda r: r["layers"][3].update(shape=[1, "x"]), r"layers\[3\]: shape\[1\]: 'x' is no integer"),
+    (lambda r: r["stages"].update(load=1.0), "stages: load: 1.0 is no object"),
+    (lambda r: r.pop("predicted_loss"), "there is no predicted_loss"),
+    (lambda r: r.pop("lost"), "there is no lost"),
+    (lambda r: r.update(allocation="none"), "allocation: 'none' is no"),
+    (lambda r: r.update(base_perplexity=True), "base_perplexity: True is no number"),
+])
+def test_a_field_of_a_report_that_is_missing_or_odd_is_named_by_every_command(
+        compressed, tmp_path, monkeypatch, capsys, change, message):
+    place = shutil.copytree(compressed, tmp_path / "out")
+    changed = files.read_json(place / "report.json")
+    change(changed)
+    files.write_json(place / "report.json", changed)
+    for more in ([], ["--theory"], ["--report", str(tmp_path / "page.html")]):
+        monkeypatch.setattr("sys.argv", ["caldera", "inspect", str(place), *more])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and not said.out and said.err.count("\n") == 1
+        assert re.search(message, said.err)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda m: m["model_config"].pop("vocab"), "model_config: .*vocab"),
+    (lambda m: m["model_config"].update(norm_eps="x"), "model_config: norm_eps: 'x' is no number"),
+    (lambda m: m["model_config"].update(dim=24), "embed has shape .420, 16., and .* asks for .420, 24."),
+    (lambda m: m["model_config"].update(layers=2), "block_001.safetensors: missing"),
+    (lambda m: m["model_config"].update(rope_scaling={"factor": 0.0}), "rope_scaling: .*positive factor"),
+    (lambda m: m["layers"]["blocks.0.q"].update(shape=[24, 16]), r"q has shape .*24, 16.* asks for \(16, 16\)"),
+    (lambda m: m["layers"].update({"blocks.7.q": m["layers"]["blocks.0.q"]}), "layers has blocks.7.q, which"),
+    (lambda m: m["layers"]["blocks.0.q"]["grids"].pop(), "grids: .* is no tuple"),
+    (lambda m: m["layers"]["blocks.0.q"]["grids"][0].update(kind="E9P"), "q: a grid of kind 'E9P', and known are"),
+    (lambda m: m["layers"]["blocks.0.q"]["grids"].reverse(), "q: q has shape .*, and the layer's asks for"),
+    (lambda m: m["layers"].pop("blocks.0.q"), "block_000.safetensors: .*q"),
+    (lambda m: m.update(special={"eos_token": 5}), "special: eos_token: 5 is no text"),
+    (lambda m: m["run"]["config"].update(blocks="x"), "configuration: RunConfig: blocks: 'x' is no"),
+    (lambda m: m["run"]["config"].pop("model"), "configuration: RunConfig: .*model"),
+    (lambda m: m["run"].pop("model_sha256"), "manifest.json: run: there is no model_sha256"),
+])
+def test_a_field_of_a_manifest_that_is_missing_or_odd_is_named(compressed, tmp_path, change, message):
+    place = shutil.copytree(compressed, tmp_path / "out")
+    changed = files.read_json(place / artifact.MANIFEST)
+    change(changed)
+    files.write_json(place / artifact.MANIFEST, changed | {"sha256": artifact.digest(changed)})
+    with pytest.raises(ValueError, match=message):
+        use(artifact.load(place))
+        recorded(artifact.read_manifest(place)["run"]["config"])
+
+
+def test_an_exported_gguf_file_with_a_sliding_window_says_that_others_ignore_it(
+        compressed, tmp_path, monkeypatch, capsys):
+    place = shutil.copytree(compressed, tmp_path / "out")
+    changed = files.read_json(place / artifact.MANIFEST)
+    changed["model_config"]["sliding_window"] = 8
+    files.write_json(place / artifact.MANIFEST, changed | {"sha256": artifact.digest(changed)})
+    for to, lines in (("gguf", 1), ("hf", 0)):
+        out = str(tmp_path / f"m.{to}")
+        monkeypatch.setattr("sys.argv", ["caldera", "export", str(place), "--to", to, "--out", out])
+        cli.main()
+        assert capsys.readouterr().err.count("sees the last 8 only, which is in the file") == lines
 
 
 def test_what_was_not_changed_is_read(dense, compressed, capsys):

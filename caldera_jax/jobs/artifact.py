@@ -234,7 +234,7 @@ class Manifest(TypedDict):
     model_config: dict
     layers: dict[str, Meta]
     files: dict[str, str]
-    special: NotRequired[dict]
+    special: NotRequired[dict[str, str]]
     sha256: NotRequired[str]
 
 
@@ -449,10 +449,10 @@ def _weight(path: Path, name: str, metas: dict[str, Any]) -> np.ndarray | Compre
     try:
         try:
             layer = _levelled(path, path.stat().st_mtime_ns, json.dumps(metas))[name]
-        except (KeyError, ValueError):  # not of a level, or some layer is damaged: this one alone
+        except (LookupError, ValueError, TypeError):  # not of a level, or some layer is damaged: this one alone
             layer = layer_from(_arrays(path, name), metas[name])
         return jax.tree.map(jax.numpy.asarray, layer)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path}: {name}: {error}: restore the file or compress the model again") from error
 
 

@@ -313,7 +313,7 @@ def _number(raw, key):
 
 def _size(raw, key, default=None):
     value = default if raw.get(key) is None else raw[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
         raise ValueError(f"the model's configuration needs {key} as a positive integer, got {value!r}")
     return value
 

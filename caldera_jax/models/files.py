@@ -64,8 +64,8 @@ def checked(value: Any, kind: Any, at: Any) -> Any:
     origin, of = typing.get_origin(kind) or kind, typing.get_args(kind)
     if kind is Any or origin is typing.Literal and value in of:
         return value
-    if kind is float and type(value) is int and abs(value) < 2**1000:
-        return float(value)
+    if type(value) is int and kind in (int, float) and abs(value) < 2**63:
+        return kind(value)
     if typing.is_typeddict(kind):
         fields = checked(value, dict, at)
         if missing := kind.__required_keys__ - fields.keys():
@@ -77,15 +77,15 @@ def checked(value: Any, kind: Any, at: Any) -> Any:
     if origin in (list, tuple) and of and isinstance(value, list | tuple) and (
             origin is list or of[-1] is ... or len(of) == len(value)):
         each = of if origin is tuple and of[-1] is not ... else of[:1] * len(value)
-        return origin(item if type(item) is of_it else checked(item, of_it, f"{at}[{i}]")
-                      for i, (item, of_it) in enumerate(zip(value, each, strict=True)))
+        return origin(item if type(item) is one is not int else checked(item, one, f"{at}[{i}]")
+                      for i, (item, one) in enumerate(zip(value, each, strict=True)))
     if origin in (typing.Union, UnionType):
         for one in of:
             try:
                 return checked(value, one, at)
             except ValueError:
                 continue
-    elif not of and isinstance(value, kind) and not (isinstance(value, bool) and kind in (int, float)):
+    elif not of and kind is not int and isinstance(value, kind):
         return value
     said = repr(value)
     raise ValueError(f"{at}: {said if len(said) < 60 else said[:57] + '...'} is no {_called(kind)}: {_RESTORE}")
