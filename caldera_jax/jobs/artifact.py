@@ -204,6 +204,7 @@ TOKENIZER = "tokenizer.json"
 GRIDS = {kind.__name__: kind for kind in (codebooks.E8P, codebooks.ResidualE8P, codebooks.Uniform, codebooks.Dithered,
                                           codebooks.NormalFloat, codebooks.Half, Integers)}
 PARTS = ("q", "left_t", "right")
+_DAMAGED = (ValueError, LookupError, TypeError, ArithmeticError)  # of arrays and grids that do not fit each other
 
 
 class Meta(TypedDict):
@@ -449,10 +450,10 @@ def _weight(path: Path, name: str, metas: dict[str, Any]) -> np.ndarray | Compre
     try:
         try:
             layer = _levelled(path, path.stat().st_mtime_ns, json.dumps(metas))[name]
-        except (LookupError, ValueError, TypeError):  # not of a level, or some layer is damaged: this one alone
+        except _DAMAGED:  # not of a level, or some layer is damaged: this one alone
             layer = layer_from(_arrays(path, name), metas[name])
         return jax.tree.map(jax.numpy.asarray, layer)
-    except (ValueError, LookupError, TypeError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path}: {name}: {error}: restore the file or compress the model again") from error
 
 

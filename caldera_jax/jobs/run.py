@@ -105,6 +105,8 @@ class Run:
         if missing := [path for path, row in rows.items() if row is None]:
             raise ValueError(f"{self.work}: the record of {missing[0]} is gone, and the report needs it: remove "
                              f"{self.out} and start again (the model itself is whole: `caldera eval {self.out}`)")
+        for path, row in rows.items():
+            files.checked(row, report.Layer, self.work / f"{path}.json")
         return [{name: value for name, value in row.items() if name != "meta"} for row in rows.values()]
 
     def layer(self, path: str) -> CompressedLinear | None:
@@ -112,7 +114,7 @@ class Run:
         try:
             kept = self.recall(path)
             return kept and artifact.layer_from(files.read_arrays(self.work / f"{path}.safetensors"), kept["meta"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             tqdm.write(f"{path}: kept, but not readable ({error}); compressing it again")
             return None
 
