@@ -133,7 +133,7 @@ def _from_hub(name: str) -> Path:
 
 
 def from_hf(directory: str | Path) -> tuple[LlamaConfig, Params]:
-    """config.json and model.safetensors (or its shards and their index) of a supported architecture."""
+    """config.json and model.safetensors (where there is none, the files of its index) of a supported architecture."""
     directory = Path(directory)
     config = config_from_hf(_read_json(directory / "config.json"))
     tensors = _open_safetensors(directory)
