@@ -120,6 +120,15 @@ def test_a_finished_run_is_not_run_again(finished, config):
     assert weight_files(out) == before
 
 
+def test_a_finished_run_whose_report_was_changed_says_which_field(finished, config, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    changed = files.read_json(out / "report.json")
+    del changed["stages"]["load"]["seconds"]
+    files.write_json(out / "report.json", changed)
+    with pytest.raises(ValueError, match="report.json: stages: load: there is no seconds"):
+        compress(config, out)
+
+
 def test_one_compilation_a_shape(source, config, tmp_path):
     linear._compress.clear_cache()
     compress(dataclasses.replace(config, seed=5), tmp_path / "out")

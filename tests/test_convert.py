@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from caldera_jax.models import convert, data, llama, tokenizer, weights
-from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig
+from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig
 
 SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 PLAIN = LlamaConfig(vocab=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, norm_eps=1e-5, context=256)
@@ -22,6 +22,7 @@ CONFIGS = {
     "llama": PLAIN,
     "tied": dataclasses.replace(PLAIN, tied=True, kv_heads=4),
     "llama3": dataclasses.replace(PLAIN, rope_theta=5e5, rope_scaling=SCALING, head_dim=16),
+    "linear": dataclasses.replace(PLAIN, rope_scaling=LinearRopeScaling(2.5)),
     "mistral": dataclasses.replace(PLAIN, sliding_window=16),
     "qwen2": dataclasses.replace(PLAIN, qkv_bias=True),
 }
@@ -119,6 +120,14 @@ def test_old_and_new_rope_keys_mean_the_same():
     )
 
 
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_linear_rope_scaling_is_read_in_every_spelling_and_a_factor_of_1_is_none(key):
+    old = convert.config_from_hf(LLAMA_2 | {"rope_scaling": {key: "linear", "factor": 4}})
+    new = convert.config_from_hf(LLAMA_2 | {"rope_parameters": {key: "linear", "factor": 4.0, "rope_theta": 1e4}})
+    assert old == new == dataclasses.replace(convert.config_from_hf(LLAMA_2), rope_scaling=LinearRopeScaling(4.0))
+    assert convert.config_from_hf(LLAMA_2 | {"rope_scaling": {"factor": 1.0}}).rope_scaling is None
+
+
 def test_mistral_window_is_4096_unless_the_file_says_otherwise():
     mistral = LLAMA_2 | {"architectures": ["MistralForCausalLM"]}
     assert convert.config_from_hf(mistral).sliding_window == 4096
@@ -130,7 +139,19 @@ def test_mistral_window_is_4096_unless_the_file_says_otherwise():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
         ({"architectures": None}, "none named"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        *(({"rope_scaling": {key: kind, "factor": 4.0}}, f"rope scaling '{kind}' is not supported")
+          for kind in ("yarn", "dynamic", "longrope") for key in ("type", "rope_type")),
+        ({"rope_scaling": {"factor": 4.0}}, "a rope scaling by 4.0 without a rope_type"),
+        ({"rope_scaling": {"type": "linear"}}, "needs factor as a number, got None"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "needs a positive factor, got 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling: 'linear' is no object"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}}, "own for full_attention"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"type": "default"}}, "differ in type"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"architectures": 5}, "architectures: 5 is no list"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false' is no truth value"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps as a number, got nan"),
+        ({"rope_theta": 0}, "rope_theta must be positive"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor as a number, got None"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -205,6 +226,41 @@ def test_damaged_or_missing_files_are_named(tmp_path):
         convert.from_hf(tmp_path)
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_beside_an_index_the_single_file_is_the_model_as_in_transformers_and_that_is_said(tmp_path, capsys, left):
+    """Whether the index's files are another model, or are gone."""
+    params, other = make(PLAIN), make(PLAIN, np.float16)
+    convert.save_hf(tmp_path, PLAIN, other, shard_bytes=20_000)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    convert.save_hf(tmp_path / "single", PLAIN, params)
+    (tmp_path / "single" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    for shard in [] if left else shards:
+        shard.unlink()
+    assert_equal_trees(read(convert.from_hf(tmp_path))[1], params)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "model.safetensors is read, as transformers does, and model.safeten" in said
+
+
+def test_a_tensor_in_two_files_or_not_where_the_index_says_is_named(tmp_path):
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN), shard_bytes=20_000)
+    index, files = tmp_path / "model.safetensors.index.json", sorted(tmp_path.glob("*.safetensors"))
+    whole, last = json.loads(index.read_text()), load_file(files[-1])
+    name = next(name for name, file in whole["weight_map"].items() if file == files[0].name)
+    save_file(last | {name: load_file(files[0])[name]}, files[-1])
+    with pytest.raises(ValueError, match=f"tensor {name} is in {files[0].name} and in {files[-1].name}"):
+        convert.from_hf(tmp_path)
+    save_file(last, files[-1])
+    missing = {"model.other.weight": files[0].name, name: files[-1].name}
+    for tensor, file in missing.items():
+        index.write_text(json.dumps(whole | {"weight_map": whole["weight_map"] | {tensor: file}}))
+        with pytest.raises(ValueError, match=f"tensor {tensor} is not in {file}, where it should be"):
+            convert.from_hf(tmp_path)
+    for bad in (None, [], {name: [1]}):
+        index.write_text(json.dumps(whole | {"weight_map": bad}))
+        with pytest.raises(ValueError, match="weight_map.*is no"):
+            convert.from_hf(tmp_path)
+
+
 def test_a_save_that_was_cut_off_is_no_model_and_can_be_repeated(tmp_path):
     def cut_off():
         raise KeyboardInterrupt
@@ -222,9 +278,9 @@ def test_a_save_that_was_cut_off_is_no_model_and_can_be_repeated(tmp_path):
 # ---- GGUF
 
 
-def write_gguf(path, config, params, kind=None, architecture="llama", extra=None, more=()):
+def write_gguf(path, config, params, kind=None, architecture="llama", extra=None, more=(), **options):
     """``params`` as llama.cpp's converter lays them out: rows of q and k permuted to interleaved rotary pairs."""
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **options)
     writer.add_block_count(config.layers)
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
@@ -236,7 +292,8 @@ def write_gguf(path, config, params, kind=None, architecture="llama", extra=None
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     for key, value in (extra or {}).items():
-        writer.add_string(key, value)
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
+        add[type(value)](key, value)
 
     def interleave(weight, heads):
         return np.concatenate([part[np.arange(len(part)).reshape(2, -1).T.ravel()] for part in np.split(weight, heads)])
@@ -301,7 +358,15 @@ def test_a_quantized_gguf_gives_the_rounded_weights(tmp_path, name):
     "options, message",
     [
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
-        ({"extra": {"llama.rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
+        *(({"extra": {"llama.rope.scaling.type": kind}}, f"rope scaling '{kind}'") for kind in ("yarn", "longrope")),
+        ({"extra": {"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 2.0}}, "rope scaling is told twice"),
+        ({"extra": {"llama.rope.scaling.factor": 4.0}, "more": [("rope_freqs.weight", np.ones(4, np.float32))]},
+         "rope scaling is told twice"),
+        ({"extra": {"llama.rope.scaling.factor": -2.0}}, "needs a positive factor"),
+        ({"extra": {"llama.logit_scale": 0.5}}, "GGUF logit_scale = 0.5"),
+        ({"extra": {"llama.expert_count": 8}}, "GGUF expert_count = 8"),
+        ({"extra": {"llama.attention.sliding_window": "a"}}, "sliding_window as a positive integer, got 'a'"),
+        ({"extra": {"llama.rope.scaling.type": 7}}, "rope scaling 7"),
         ({"more": [("blk.0.attn_q.bias", np.zeros(32, np.float32))]}, "does not use: blk.0.attn_q.bias"),
         ({"more": [("rope_freqs.weight", np.array([1, 1, 2, 3], np.float32))]}, "rope_freqs.weight is not Llama 3"),
     ],
@@ -310,6 +375,66 @@ def test_an_unsupported_gguf_is_refused_by_name(tmp_path, options, message):
     path = write_gguf(tmp_path / "m.gguf", PLAIN, make(PLAIN), **options)
     with pytest.raises(ValueError, match=message):
         convert.from_gguf(convert.read_gguf(path))
+
+
+@pytest.mark.parametrize(("told", "factor"), [
+    ({"llama.rope.scale_linear": 4.0}, 4.0), ({"llama.rope.scaling.factor": 4.0}, 4.0),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
+    ({"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 4.0}, 4.0),
+    ({"llama.rope.scale_linear": 1.0}, None), ({"llama.rope.scaling.factor": 0.0}, None), ({}, None),
+    ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None)])
+def test_linear_rope_scaling_of_a_gguf_is_computed_and_a_factor_of_1_or_0_is_none(tmp_path, told, factor):
+    path = write_gguf(tmp_path / "m.gguf", PLAIN, make(PLAIN), extra=told)
+    assert convert.from_gguf(convert.read_gguf(path))[0].rope_scaling == (factor and LinearRopeScaling(factor))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_all_parts_of_a_split_gguf_are_read(tmp_path, empty):
+    """Also where the first has the metadata alone."""
+    params = make(PLAIN)
+    write_gguf(tmp_path / "m.gguf", PLAIN, params, split_max_tensors=8, small_first_shard=empty)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert parts[0].name == f"m-00001-of-{len(parts):05d}.gguf" and len(parts) == 3 + empty
+    assert_equal_trees(read(convert.from_gguf(convert.read_gguf(parts[0])))[1], params)
+    with pytest.raises(ValueError, match=f"part 2 of {len(parts)} of a GGUF file: give the first.*-00001-of-"):
+        convert.read_gguf(parts[1])
+    whole = parts[2].read_bytes()
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(ValueError, match=f"{parts[2].name}: not part 3 of"):
+        convert.read_gguf(parts[0])
+    parts[2].unlink()
+    with pytest.raises(ValueError, match=f"its part 3 of {len(parts)} is not there: put {parts[2].name} beside it"):
+        convert.read_gguf(parts[0])
+    (tmp_path / "other").mkdir()
+    write_gguf(tmp_path / "other" / "m.gguf", PLAIN, params, split_max_tensors=8, small_first_shard=empty,
+               more=[("extra", np.ones(3, np.float32))])
+    parts[2].write_bytes(whole)
+    parts[-1].write_bytes((tmp_path / "other" / parts[-1].name).read_bytes())
+    with pytest.raises(ValueError, match="should hold another number"):
+        convert.read_gguf(parts[0])
+    renamed = parts[0].rename(tmp_path / "first.gguf")
+    with pytest.raises(ValueError, match="part 1 of .*called NAME-00001-of-"):
+        convert.read_gguf(renamed)
+
+
+def test_lengths_beyond_the_end_of_a_gguf_file_are_refused_at_once(tmp_path):
+    """Of a list of 2^40 or 2^20 bytes, of a text of 2^60, and of more blocks than can be counted."""
+    for count in (2**40, 2**20, 2**60):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        writer.add_array("list", list(b"abc")) if count != 2**60 else writer.add_string("list", "abc")
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+            write()
+        whole = (tmp_path / "m.gguf").read_bytes()
+        if count != 2**60:  # of bytes: four to a number before
+            at = whole.index(b"list") + 8
+            whole = whole[:at] + (0).to_bytes(4, "little") + whole[at + 4:]
+        end = whole.rindex((3).to_bytes(8, "little"))
+        (tmp_path / "m.gguf").write_bytes(whole[:end] + count.to_bytes(8, "little") + whole[end + 8:])
+        with pytest.raises(ValueError, match="m.gguf: not a readable GGUF file"):
+            convert.read_gguf(tmp_path / "m.gguf")
+    many = write_gguf(tmp_path / "n.gguf", dataclasses.replace(PLAIN, layers=2**32 - 1), make(PLAIN))
+    with pytest.raises(ValueError, match="blk.2.attn_q.weight is missing"):
+        convert.from_gguf(convert.read_gguf(many))
 
 
 @pytest.mark.parametrize("keep", [3, 100, 2000, -100])
@@ -353,6 +478,27 @@ def test_load_knows_the_special_tokens_in_every_spelling_of_tokenizer_config(tmp
     assert convert.load(tmp_path).special == expected
 
 
+def test_a_sliding_window_that_others_do_not_see_is_said_in_one_line(tmp_path, capsys):
+    """Read from config.json, read from GGUF's key, and missing in a GGUF file that calls itself Mistral."""
+    windowed, special = CONFIGS["mistral"], {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
+    convert.save_hf(tmp_path / "hf", windowed, make(windowed))
+    save_tokenizer(tmp_path / "hf", 50)
+    convert.load(tmp_path / "hf")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "hf: each token sees the last 16 only (sliding_window), which other" in said
+    convert.load(tmp_path / "hf")
+    assert not capsys.readouterr().err
+    key = "llama.attention.sliding_window"
+    for name, more, message in (("a", {key: 16}, "a.gguf: each token sees the last 16 only"),
+                                ("b", {"general.name": "Mistral-7B-v0.1"}, "b.gguf: the file names no sliding window"),
+                                ("c", {key: 0}, ""), ("d", {key: 256}, "")):
+        lists = {"tokens": ["a", "b", "ab", *(f"w{i}" for i in range(47))], "merges": ["a b"]}
+        extra = special | {f"tokenizer.ggml.{key}": value for key, value in lists.items()} | more
+        convert.load(write_gguf(tmp_path / f"{name}.gguf", PLAIN, make(PLAIN), extra=extra))
+        said = capsys.readouterr().err
+        assert said.count("\n") == bool(message) and message in said
+
+
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such/place", "a.gguf"])
 def test_an_unknown_model_is_told_what_is_accepted(name):
     with pytest.raises(ValueError, match=r"unknown model .*smollm2-135m.*\.gguf.*directory.*hub id"):
@@ -370,8 +516,15 @@ def test_a_hub_id_is_fetched_and_a_failure_explained(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub", reason="the hub extra is what is tested")
     convert.save_hf(tmp_path, PLAIN, make(PLAIN))
     save_tokenizer(tmp_path, 50)
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: {"org/name": str(tmp_path)}[name])
+    asked = {}
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: asked.update(options) or {
+        "org/name": str(tmp_path)}[name])
     assert convert.load("org/name").config == PLAIN
+    kept = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+            "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "consolidated.safetensors.index.json", "original/params.json",
+              "original/model.safetensors", "onnx/config.json", "pytorch_model.bin", "README.md"]
+    assert list(hub.utils.filter_repo_objects([*kept, *others], **asked)) == kept
     with pytest.raises(ValueError, match="'org/other' is no path here, and could not be fetched from the hub"):
         convert.load("org/other")
 

@@ -23,7 +23,7 @@ from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
 from caldera_jax.jobs import artifact, evaluate, export
 from caldera_jax.kernels.matmul import Packed
 from caldera_jax.models import convert, data, files, llama, tokenizer, weights
-from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig
+from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig
 
 SCALING = Llama3RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 PLAIN = LlamaConfig(vocab=420, dim=24, layers=2, heads=2, kv_heads=2, head_dim=12, ffn_dim=24, norm_eps=1e-5,
@@ -32,6 +32,7 @@ CONFIGS = {
     "llama": dataclasses.replace(PLAIN, kv_heads=1, ffn_dim=40),
     "tied": dataclasses.replace(PLAIN, tied=True),
     "llama3": dataclasses.replace(PLAIN, rope_theta=5e5, rope_scaling=SCALING, heads=1, kv_heads=1, head_dim=24),
+    "linear": dataclasses.replace(PLAIN, rope_scaling=LinearRopeScaling(4.0)),
     "mistral": dataclasses.replace(PLAIN, sliding_window=5),
     "qwen2": dataclasses.replace(PLAIN, qkv_bias=True),
 }
@@ -238,7 +239,7 @@ def test_transformers_encodes_and_decodes_as_a_sentencepiece_tokenizer(tmp_path,
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])
-@pytest.mark.parametrize("name", ["llama", "tied", "llama3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "tied", "llama3", "linear", "mistral"])
 def test_what_is_exported_comes_back_with_the_same_logits(tmp_path, name, to):
     model = make(CONFIGS[name], special={"eos_token": "<|end|>", "chat_template": "{{ messages }}"})
     out = tmp_path / "deep" / f"model.{to}"

@@ -12,7 +12,7 @@ import pytest
 from caldera_jax import linear
 from caldera_jax.decompose import CalderaConfig
 from caldera_jax.models import convert, llama
-from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig
+from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig
 
 SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 GQA = LlamaConfig(vocab=61, dim=48, layers=2, heads=6, kv_heads=2, head_dim=12, ffn_dim=80, norm_eps=1e-5, context=128)
@@ -20,6 +20,7 @@ CONFIGS = {
     "gqa": GQA,
     "tied, one head per key, head_dim free": dataclasses.replace(GQA, kv_heads=6, head_dim=10, tied=True),
     "llama3 rope": dataclasses.replace(GQA, rope_theta=500.0, rope_scaling=SCALING),
+    "linear rope": dataclasses.replace(GQA, rope_scaling=LinearRopeScaling(4.0)),
     "mistral": dataclasses.replace(GQA, sliding_window=7),
     "qwen2": dataclasses.replace(GQA, head_dim=8, qkv_bias=True, tied=True),
 }
@@ -204,6 +205,12 @@ def test_llama3_scaling_keeps_fast_pairs_and_slows_the_slowest_by_the_factor():
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8)
     between = (turns > 1) & (turns < 4)
     assert between.any() and np.all((scaled < plain) & (scaled > plain / 8) == between)
+
+
+def test_linear_scaling_is_a_division_of_all_positions():
+    scaled = dataclasses.replace(GQA, rope_scaling=LinearRopeScaling(4.0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 6, 12)))
+    np.testing.assert_allclose(llama.rope(scaled, x, 4 * jnp.arange(5)), llama.rope(GQA, x, jnp.arange(5)), atol=1e-12)
 
 
 def test_grouped_queries_are_repeated_keys_and_values():

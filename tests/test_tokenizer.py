@@ -197,11 +197,49 @@ def test_sentencepiece_without_space_prefix_adds_none(tmp_path):
         ({"model": "gpt2", "pre": "smollm", "tokens": ["a", "a"], "merges": ["a a"]}, "lists 1 tokens twice"),
         ({"model": "gpt2", "pre": "smollm", "tokens": ["a", "b"], "merges": ["a c"]}, "merges.*do not fit"),
         ({"model": "gpt2", "pre": "smollm", "tokens": ["a", "b"], "merges": ["ab"]}, "merges.*do not fit"),
+        ({"model": "gpt2", "pre": "smollm", "tokens": ["w0", "w1"], "merges": ["w0 w1"]}, "merges.*do not fit"),
+        ({"model": "gpt2", "pre": "smollm", "tokens": ["a", "b"], "merges": [1]}, r"merges\[0\]: 1 is no text"),
+        ({"model": "gpt2", "tokens": ["a"], "merges": ["a a"], "pre": 3}, "pre: 3 is no text"),
+        ({"model": "gpt2", "tokens": [1, 2], "merges": ["a a"]}, r"tokens\[0\]: 1 is no text"),
     ],
 )
 def test_an_unsupported_gguf_tokenizer_is_refused_by_name(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         tokenizer.from_gguf(gguf_reader(tmp_path / "t.gguf", **fields))
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize(("change", "message"), [
+    ({"unknown_token_id": 2**32 - 1}, "unknown_token_id names no token"),
+    ({"unknown_token_id": 10_000}, "unknown_token_id is 10000, and there are 442 tokens"),
+    ({"bos_token_id": 442}, "bos_token_id is 442, and there are 442 tokens"),
+    ({"eos_token_id": "x"}, "eos_token_id: 'x' is no integer"),
+    ({"scores": [0.0] * 20}, "scores has 20 entries for 442 tokens"),
+    ({"scores": [0.0] * 443}, "scores has 443 entries for 442 tokens"),
+    ({"scores": ["a"] * 442}, r"scores\[0\]: 'a' is no number"),
+    ({"token_type": [1] * 100}, "token_type has 100 entries for 442 tokens"),
+    ({"token_type": [1] * 443}, "token_type has 443 entries for 442 tokens"),
+])
+def test_a_list_or_an_id_that_does_not_fit_the_tokens_is_refused_by_name(tmp_path, model, change, message):
+    tokens, scores, types = pieces()
+    given = {"model": model, "pre": "gpt-2", "tokens": tokens, "scores": scores, "token_type": types, "merges": ["▁ t"]}
+    reader = gguf_reader(tmp_path / "t.gguf", **given | change)
+    idle = model == "gpt2" and ("scores" in change or change == {"unknown_token_id": 2**32 - 1})
+    if idle:  # of no use there
+        tokenizer.from_gguf(reader)
+    else:
+        with pytest.raises(ValueError, match=message):
+            tokenizer.from_gguf(reader)
+
+
+@pytest.mark.parametrize("id", [2**32 - 1, -1])
+def test_an_id_of_minus_one_is_no_token(id):
+    tokens, scores, types = pieces()
+    lists = {"tokens": tokens, "scores": scores, "token_type": types, "model": "llama"}
+    fields = {f"tokenizer.ggml.{name}": value for name, value in lists.items()} | {
+        "tokenizer.ggml.padding_token_id": id, "tokenizer.ggml.bos_token_id": 1}
+    assert tokenizer.special_from_fields(fields) == {"bos_token": "<s>"}
+    assert tokenizer.from_fields(fields).encode("The").ids[0] == 1
 
 
 def test_a_missing_or_damaged_tokenizer_json_is_named(tmp_path):

@@ -177,24 +177,24 @@ files for other programs: ``export``.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
-from safetensors import safe_open
-from tokenizers import Tokenizer
+from safetensors import SafetensorError, safe_open
 
 from caldera_jax import codebooks, levels
 from caldera_jax.entropy import Classes, Stream
 from caldera_jax.jobs import report, spread
 from caldera_jax.levels import Coded, Integers, Levelled
-from caldera_jax.linear import CompressedLinear, Grid, Packed
-from caldera_jax.models import convert, files, weights
+from caldera_jax.linear import CompressedLinear, Grid, Packed, codes
+from caldera_jax.models import convert, files, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
-from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
+from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Block
 
 FORMAT = 3  # 1 had no trained signs and factors, 2 no integers of free rate; both are read, too
@@ -204,6 +204,39 @@ TOKENIZER = "tokenizer.json"
 GRIDS = {kind.__name__: kind for kind in (codebooks.E8P, codebooks.ResidualE8P, codebooks.Uniform, codebooks.Dithered,
                                           codebooks.NormalFloat, codebooks.Half, Integers)}
 PARTS = ("q", "left_t", "right")
+_DAMAGED = (ValueError, LookupError, TypeError, ArithmeticError)  # of arrays and grids that do not fit each other
+
+
+class Meta(TypedDict):
+    """What the manifest says of a compressed layer."""
+
+    shape: tuple[int, int]
+    grids: tuple[dict | None, dict | None, dict | None]
+    rank: NotRequired[int]
+
+
+class Origin(TypedDict):
+    """What it says of the run, as far as it is read."""
+
+    config: dict
+    model_sha256: str
+    calibration_sha256: str
+    evaluation_sha256: str
+    hessians_sha256: NotRequired[dict]
+    finetune: NotRequired[list[dict]]
+
+
+class Manifest(TypedDict):
+    """The manifest; the first ones had no special tokens and no digest."""
+
+    format: int
+    run: Origin
+    model: str
+    model_config: dict
+    layers: dict[str, Meta]
+    files: dict[str, str]
+    special: NotRequired[dict[str, str]]
+    sha256: NotRequired[str]
 
 
 def block_file(index: int) -> str:
@@ -265,7 +298,32 @@ def _layer(arrays: dict[str, np.ndarray], meta: dict[str, Any], *parts: Packed |
     sides = (arrays[name] if name in arrays else tuple(arrays[key] for key in sorted(arrays) if key.startswith(name))
              for name in ("left_side", "right_side"))
     trained = tuple(arrays[f"trained.{i}"] for i in range(2)) if "trained.0" in arrays else None
-    return CompressedLinear(*parts, *sides, tuple(meta["shape"]), tuple(map(_grid, meta["grids"])), trained)
+    layer = CompressedLinear(*parts, *sides, tuple(meta["shape"]), tuple(map(_grid, meta["grids"])), trained)
+    _check(layer)
+    return layer
+
+
+def _check(layer: CompressedLinear) -> None:
+    """Raise ValueError for arrays that are not of the shapes that the layer's own shape and grids ask for."""
+    (m, n), first = layer.shape, 0 if layer.left_t is None else len(codes(layer.left_t))
+    wanted, found = {}, {}
+    for name, rows, width, grid in zip(PARTS, (m, first, first), (n, m, n), layer.grids, strict=True):
+        if isinstance(part := getattr(layer, name), Packed):
+            if grid is None or isinstance(grid, Integers):
+                raise ValueError(f"{name} has codes, and its grid is {grid}")
+            wanted[name] = (rows, -(-(-(-width // grid.block) * grid.code_bits) // 8))
+            found[name] = part.codes.shape
+            wanted[f"{name}.scale"] = (1, 1) if grid.group is None else (rows, -(-width // grid.group))
+            found[f"{name}.scale"] = part.scale.shape
+    for name, size in zip(("left_side", "right_side"), layer.shape, strict=True):
+        if isinstance(side := getattr(layer, name), tuple):
+            wanted[name], found[name] = size, math.prod(map(len, side)) if side else size
+        else:
+            wanted[name], found[name] = (-(-size // 8) if side.dtype == np.uint8 else size,), side.shape
+    for part, size in zip(layer.trained or (), layer.shape, strict=False):
+        wanted[f"trained {size}"], found[f"trained {size}"] = (len(layer.trained[0]), size), part.shape
+    if wrong := [name for name in wanted if wanted[name] != found[name]]:
+        raise ValueError(f"{wrong[0]} has shape {found[wrong[0]]}, and the layer's asks for {wanted[wrong[0]]}")
 
 
 def layer_meta(layer: CompressedLinear) -> dict[str, Any]:
@@ -283,7 +341,9 @@ def _grid(meta: dict[str, Any] | None) -> Grid | None:
     if meta is None:
         return None
     fields = dict(meta)
-    return GRIDS[fields.pop("kind")](**fields)
+    if not isinstance(kind := fields.pop("kind", None), str) or kind not in GRIDS:
+        raise ValueError(f"a grid of kind {kind!r}, and known are {', '.join(GRIDS)}")
+    return files.made(GRIDS[kind], fields, kind)
 
 
 def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run: Any) -> None:
@@ -311,17 +371,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         what = unfinished if (directory / "unfinished").is_dir() else "no compressed model"
         raise ValueError(f"{directory}: {what}: there is no {MANIFEST}")
     manifest = files.read_json(path)
-    needed = {"format", "run", "model", "model_config", "layers", "files"}
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ValueError(f"{path}: not a manifest of this program")
-    if manifest["format"] not in range(1, FORMAT + 1):
+    if type(manifest["format"]) is not int or manifest["format"] not in range(1, FORMAT + 1):
         raise ValueError(f"{path}: format {manifest['format']}, and this version reads formats 1 to {FORMAT}: use the "
                          "caldera-jax that wrote it, or compress the model again")
-    if missing := needed - manifest.keys():
+    if missing := Manifest.__required_keys__ - manifest.keys():
         raise ValueError(f"{path}: not a manifest of this program: it lacks {', '.join(sorted(missing))}")
     if manifest.get("sha256", own := digest(manifest)) != own:  # the first ones had none
         raise ValueError(f"{path}: its SHA-256 differs from the one that it names: the file was damaged or changed; "
                          "restore it or compress the model again")
+    files.checked(manifest, Manifest, path)
     return manifest
 
 
@@ -336,21 +396,49 @@ def load(directory: str | Path) -> Model:
         if not (directory / name).is_file() or files.sha256(directory / name) != digest:
             raise ValueError(f"{directory / name}: missing, or its SHA-256 differs from the manifest's: the file was "
                              "damaged or replaced; restore it or compress the model again")
-    raw = dict(manifest["model_config"])
-    if raw["rope_scaling"] is not None:
-        raw["rope_scaling"] = Llama3RopeScaling(**raw["rope_scaling"])
-    config = LlamaConfig(**raw)
-    params = files.read_arrays(directory / REST)
-    params["blocks"] = [_block(directory / block_file(i), manifest["layers"], i) for i in range(config.layers)]
-    return Model(config, params, Tokenizer.from_file(str(directory / TOKENIZER)), manifest["model"],
+    config = _config(manifest["model_config"], f"{directory / MANIFEST}: model_config")
+    known = {f"blocks.{i}.{name}" for i in range(config.layers) for name in llama.LINEARS}
+    if extra := manifest["layers"].keys() - known:
+        raise ValueError(f"{directory / MANIFEST}: layers has {min(extra)}, which the model has not: restore it or "
+                         "compress the model again")
+    params, table = files.read_arrays(directory / REST), (config.vocab, config.dim)
+    wanted = {"embed": table, "norm": (config.dim,)} | ({} if config.tied else {"head": table})
+    shapes = {name: array.shape for name, array in params.items() if name != "classifier"}
+    _same(directory / REST, shapes, wanted)
+    layers = manifest["layers"]
+    params["blocks"] = [_block(directory / block_file(i), layers, i, config) for i in range(config.layers)]
+    return Model(config, params, tokenizer.from_directory(directory), manifest["model"],
                  manifest.get("special", {}))  # format 1 did not keep them
 
 
-def _block(path: Path, layers: dict[str, Any], index: int) -> Block:
+def _config(raw: dict[str, Any], at: str) -> LlamaConfig:
+    if isinstance(scaling := raw.get("rope_scaling"), dict):
+        kind = LinearRopeScaling if scaling.keys() == {"factor"} else Llama3RopeScaling
+        raw = raw | {"rope_scaling": files.made(kind, scaling, f"{at}: rope_scaling")}
+    return files.made(LlamaConfig, raw, at)
+
+
+def _same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError for the first array that is missing, left over or of another shape than the configuration's."""
+    for name in sorted(found.keys() | wanted.keys()):
+        if tuple(found.get(name, ())) != tuple(wanted.get(name, ())):
+            raise ValueError(f"{path}: {name} has shape {found.get(name, 'none')}, and the manifest's configuration "
+                             f"asks for {wanted.get(name, 'none')}: they differ: restore them or compress "
+                             "the model again")
+
+
+def _block(path: Path, layers: dict[str, Any], index: int, config: LlamaConfig) -> Block:
     """The block in this file, each weight read when it is asked for."""
-    with safe_open(path, "np") as file:
-        names = dict.fromkeys(key.split(".", 1)[0] for key in file.keys())  # noqa: SIM118
-    metas = {name: meta for name in names if (meta := layers.get(f"blocks.{index}.{name}"))}
+    wanted = llama.shapes(config) | llama.vector_shapes(config)
+    try:
+        with safe_open(path, "np") as file:
+            names = dict.fromkeys(key.split(".", 1)[0] for key in file.keys())  # noqa: SIM118
+            metas = {name: meta for name in names if (meta := layers.get(f"blocks.{index}.{name}"))}
+            shapes = {name: metas[name]["shape"] if name in metas else file.get_slice(name).get_shape()
+                      for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error}): restore it or compress the model again") from error
+    _same(path, shapes, wanted)
     return Block({name: partial(_weight, path, name, metas) for name in names})
 
 
@@ -362,10 +450,10 @@ def _weight(path: Path, name: str, metas: dict[str, Any]) -> np.ndarray | Compre
     try:
         try:
             layer = _levelled(path, path.stat().st_mtime_ns, json.dumps(metas))[name]
-        except (KeyError, ValueError):  # not of a level, or some layer is damaged: this one alone
+        except _DAMAGED:  # not of a level, or some layer is damaged: this one alone
             layer = layer_from(_arrays(path, name), metas[name])
         return jax.tree.map(jax.numpy.asarray, layer)
-    except ValueError as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path}: {name}: {error}: restore the file or compress the model again") from error
 
 

@@ -206,6 +206,8 @@ def load_moments(path: Path) -> dict[str, Moments]:
     """What ``save_moments`` wrote; ValueError naming a file that is missing or damaged."""
     arrays = files.read_arrays(path)
     names = sorted({key.rsplit(".", 1)[0] for key in arrays})
+    if missing := {f"{name}.{field}" for name in names for field in Moments._fields} - arrays.keys():
+        raise ValueError(f"{path}: no Moments: it lacks {min(missing)}: remove the file, to calibrate again")
     return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}
 
 

@@ -301,6 +301,9 @@ def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
     print(f"written: {out}")
     if "classifier" in model.params:
         print("the classifier is not in it: neither format has a place for it")
+    if to == "gguf" and convert.windowed(model.config):
+        convert.note(f"{out}: each token sees the last {model.config.sliding_window} only, which is in the file and "
+                     "which other programs ignore in one of this architecture: longer texts differ")
     if "eos_token" not in model.special:
         print("no token is known to end a text: programs that generate with it must be told one")
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from caldera_jax import hessian, incoherence, kernels, objective
 from caldera_jax.codebooks import rounding_error
-from caldera_jax.jobs import artifact, calibration
+from caldera_jax.jobs import artifact, calibration, report
 from caldera_jax.jobs.compress import calibrated, hessians_sha256
 from caldera_jax.jobs.run import moments_hash
 from caldera_jax.jobs.settings import RunConfig, recorded
@@ -131,6 +131,8 @@ def layers(directory: Path, moments: Path | None = None
     rows = {row["path"]: row for row in report_of(directory)["layers"]}
     run, config, model, compressed = opened(directory)
     chosen = model.config.layers if config.blocks is None else config.blocks
+    if rows.keys() != {f"blocks.{i}.{name}" for i in range(chosen) for name in llama.LINEARS}:
+        raise ValueError(f"{directory}: its layers are not those of the blocks that the run compressed: compress again")
     blocks = model.params["blocks"]
     with tqdm(total=chosen * len(llama.LINEARS), desc="theory", unit="layer") as progress:
         for index, of_input in enumerate(_hessians(config, run, model, chosen, moments)):
@@ -154,12 +156,16 @@ def opened(directory: Path) -> tuple[dict[str, Any], RunConfig, Model, Model]:
 
 
 def report_of(directory: Path) -> dict[str, Any]:
-    """The report of a finished run; ValueError where there is none (yet)."""
-    artifact.read_manifest(directory)
-    if not (directory / "report.json").is_file():
+    """The report of a finished run; ValueError where there is none (yet), or one of other layers."""
+    manifest, path = artifact.read_manifest(directory), directory / "report.json"
+    if not path.is_file():
         raise ValueError(f"{directory}: compressed, but not evaluated yet: start `caldera compress` again with the "
                          "same arguments")
-    return files.read_json(directory / "report.json")
+    found = report.read(path)
+    if sorted(row["path"] for row in found["layers"]) != sorted(manifest["layers"]):
+        raise ValueError(f"{path}: its layers are not those of {artifact.MANIFEST}: restore it, or compress the model "
+                         "again")
+    return found
 
 
 def _hessians(config: RunConfig, run: dict[str, Any], model: Model, chosen: int, kept: Path | None

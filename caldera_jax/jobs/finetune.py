@@ -177,7 +177,7 @@ def _write(run: Run, model: Model, learner: Student, state: State) -> None:
 def _summary(config: FinetuneConfig, origin: dict[str, Any], clock: report.Clock, run: Run, source: Path, value: float,
              trained: Model) -> dict[str, Any]:
     """The source's report with what has changed."""
-    old = files.read_json(source / "report.json")
+    old = report.read(source / "report.json")
     new = {path: run.recall(path) for path in artifact.read_manifest(run.out)["layers"]}
     rows = [row | {key: new[row["path"]][key] for key in ("bits", "bits_per_weight")} for row in old["layers"]]
     bits = sum(row["bits"] for row in rows)

@@ -12,12 +12,91 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 
+from caldera_jax import allocate
+from caldera_jax.models import files
+
 PACKAGES = ("caldera-jax", "jax", "jaxlib", "numpy", "scipy", "optax", "orbax-checkpoint", "safetensors", "tokenizers",
             "gguf")
+
+
+class Layer(TypedDict):
+    """What a report says of a compressed layer, as far as it is read again."""
+
+    path: str
+    shape: tuple[int, int]
+    rank: int
+    q_bits: float
+    factor_bits: tuple[float, float]
+    error: float
+    bits: int
+    bits_per_weight: float
+    damping: float
+    seconds: float
+    predicted_loss: NotRequired[float]
+    loss: NotRequired[float]
+
+
+class Stage(TypedDict):
+    """What it says of a part of the run."""
+
+    seconds: float
+    compile_seconds: float
+    peak_memory_bytes: int
+
+
+class Report(TypedDict):
+    """A report."""
+
+    model: str
+    config: dict
+    layers: list[Layer]
+    stages: dict[str, Stage]
+    base_perplexity: float
+    compressed_perplexity: float
+    evaluated_tokens: int
+    compressed_weights: int
+    bits_per_weight: float
+    stored_bytes: int
+    model_bytes: int
+    disk_bytes: int
+    mean_layer_error: float
+    max_layer_error: float
+    finetune: NotRequired[list[dict]]
+
+
+class Planned(TypedDict):
+    """What the report of a run with a budget of fixed rates says, too."""
+
+    allocation: allocate.Rule
+    budget_bits_per_weight: float
+    dearest_bits_per_weight: float
+    predicted_loss: float
+    loss: float
+
+
+class AtLevel(TypedDict):
+    """What that of a run at one level says, too."""
+
+    level: float
+    budget_bits_per_weight: float | None
+    lost: float
+    divergence: NotRequired[float]
+    predicted_damage: NotRequired[float]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report; ValueError naming a file that is missing or damaged, or a field of it that is not as it was written."""
+    found = files.read_json(path)
+    for mark, kind in {"model": Report, "allocation": Planned, "level": AtLevel}.items():
+        if kind is Report or mark in found:
+            files.checked(found, kind, path)
+    if not found["layers"]:
+        raise ValueError(f"{path}: no layers: restore the file, or compress the model again")
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -76,10 +76,11 @@ class Run:
 
     def report(self) -> dict[str, Any] | None:
         """The report, if this run is finished; its directory of unfinished work is removed."""
-        if self.complete() and (done := self._read(self.out / "report.json")) is not None:
-            shutil.rmtree(self.work, ignore_errors=True)
-            return done
-        return None
+        if not self.complete() or not (path := self.out / "report.json").is_file():
+            return None
+        done = report.read(path)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return done
 
     def complete(self) -> bool:
         """Whether the artifact is whole (its report may still be missing)."""
@@ -104,6 +105,8 @@ class Run:
         if missing := [path for path, row in rows.items() if row is None]:
             raise ValueError(f"{self.work}: the record of {missing[0]} is gone, and the report needs it: remove "
                              f"{self.out} and start again (the model itself is whole: `caldera eval {self.out}`)")
+        for path, row in rows.items():
+            files.checked(row, report.Layer, self.work / f"{path}.json")
         return [{name: value for name, value in row.items() if name != "meta"} for row in rows.values()]
 
     def layer(self, path: str) -> CompressedLinear | None:
@@ -111,7 +114,7 @@ class Run:
         try:
             kept = self.recall(path)
             return kept and artifact.layer_from(files.read_arrays(self.work / f"{path}.safetensors"), kept["meta"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             tqdm.write(f"{path}: kept, but not readable ({error}); compressing it again")
             return None
 

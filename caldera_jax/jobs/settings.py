@@ -11,7 +11,7 @@ from caldera_jax import allocate
 from caldera_jax.decompose import CalderaConfig
 from caldera_jax.jobs import artifact
 from caldera_jax.levels import LevelConfig
-from caldera_jax.models import llama
+from caldera_jax.models import files, llama
 from caldera_jax.models.data import Tokens
 
 
@@ -100,14 +100,19 @@ class RunConfig:
                              f"{self.ranks} and {'no' if self.bits is None else 'a'} budget: give both or neither")
 
 
-def recorded(value: Any) -> Any:
-    """The inverse of ``report.plain``: the RunConfig that a manifest's ``run`` holds as ``config``."""
+def recorded(value: Any) -> RunConfig:
+    """The inverse of ``report.plain``: the RunConfig that a manifest's ``run`` holds as ``config``; ValueError if it is
+    none."""
+    return files.checked(_recorded(value), RunConfig, "the run's configuration")
+
+
+def _recorded(value):
     if isinstance(value, dict):
-        fields = {name: recorded(item) for name, item in value.items()}
+        fields = {name: _recorded(item) for name, item in value.items()}
         kinds = {kind.__name__: kind for kind in (RunConfig, Tokens, CalderaConfig, LevelConfig, Importance)}
-        kinds |= artifact.GRIDS
-        return kinds[fields.pop("kind")](**fields) if "kind" in fields else fields
-    return tuple(recorded(item) for item in value) if isinstance(value, list) else value
+        kind = (kinds | artifact.GRIDS).get(str(fields.pop("kind", None)))
+        return files.made(kind, fields, f"the run's configuration: {kind.__name__}") if kind else fields
+    return tuple(_recorded(item) for item in value) if isinstance(value, list) else value
 
 
 def count(config: RunConfig, model: llama.LlamaConfig) -> int:

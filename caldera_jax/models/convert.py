@@ -10,21 +10,22 @@ import json
 import math
 import mmap
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, RopeScalingType
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from caldera_jax.models import data, llama, tokenizer
-from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
+from caldera_jax.models import data, files, llama, tokenizer
+from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Tensor, assemble
 
 # What the architectures' own configuration classes assume where config.json is silent.
@@ -35,6 +36,13 @@ _DEFAULTS = {
 }
 _COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
 _REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config")
+
+# What GGUF files of other architectures compute, too, and the values that change nothing.
+_IDLE = {"expert_count": (0,), "use_parallel_residual": (False,), "attention.causal": (True,)}
+_IDLE |= {name: (0, 1) for name in ("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor")}
+_IDLE |= {name: (0,) for name in ("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias",
+                                  "attn_logit_softcapping", "final_logit_softcapping")}
+_PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")  # the first of several
 
 _HF = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 _HF |= {name: f"model.layers.{{}}.self_attn.{name}_proj.weight" for name in "qkvo"}
@@ -73,6 +81,10 @@ def load(name_or_path: str | Path) -> Model:
         reader = read_gguf(path)
         special = tokenizer.special_from_fields(tokenizer.contents(reader))
         model = Model(*from_gguf(reader), tokenizer.from_gguf(reader), name, special)
+        called = str(tokenizer.field(reader, "general.name", "")).lower()
+        if model.config.sliding_window is None and "mistral" in called:
+            note(f"{name}: the file names no sliding window, so each token sees all before it; the same model's "
+                 "config.json may have one (Mistral 7B v0.1: 4096 tokens), and then the two differ")
     elif path.is_dir():
         model = Model(*from_hf(path), tokenizer.from_directory(path), name, tokenizer.special_from_directory(path))
     else:
@@ -82,7 +94,21 @@ def load(name_or_path: str | Path) -> Model:
         )
     if (tokens := model.tokenizer.get_vocab_size()) > model.config.vocab:
         raise ValueError(f"{name}: the tokenizer has {tokens} tokens, the model only {model.config.vocab} embeddings")
+    if windowed(model.config):
+        note(f"{name}: each token sees the last {model.config.sliding_window} only (sliding_window), which other "
+             "programs ignore in a GGUF file of this architecture")
     return model
+
+
+@cache
+def note(text: str) -> None:
+    """Say on standard error, once, what a file says that others do in another way."""
+    print(text, file=sys.stderr)
+
+
+def windowed(config: LlamaConfig) -> bool:
+    """Whether there are tokens that a later one does not see."""
+    return config.sliding_window is not None and config.sliding_window < config.context
 
 
 def _from_hub(name: str) -> Path:
@@ -94,7 +120,8 @@ def _from_hub(name: str) -> Path:
             "pip install 'caldera-jax[hub]', or download the model and pass its directory"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                                      ignore_patterns=["*/*", "consolidated*"]))  # the same weights in other forms
     except Exception as error:  # many kinds: offline, gated, unknown
         raise ValueError(
             f"{name!r} is no path here, and could not be fetched from the hub ({error}). "
@@ -106,7 +133,7 @@ def _from_hub(name: str) -> Path:
 
 
 def from_hf(directory: str | Path) -> tuple[LlamaConfig, Params]:
-    """config.json and model.safetensors (or its shards and their index) of a supported architecture."""
+    """config.json and model.safetensors (where there is none, the files of its index) of a supported architecture."""
     directory = Path(directory)
     config = config_from_hf(_read_json(directory / "config.json"))
     tensors = _open_safetensors(directory)
@@ -122,7 +149,7 @@ def from_hf(directory: str | Path) -> tuple[LlamaConfig, Params]:
 
 def config_from_hf(raw: dict[str, Any]) -> LlamaConfig:
     """The content of a config.json as a LlamaConfig. ValueError for what ``llama`` does not compute."""
-    architecture = (raw.get("architectures") or ["none named"])[0]
+    architecture = files.checked(raw.get("architectures") or ["none named"], list[str], "config.json: architectures")[0]
     if architecture not in _DEFAULTS:
         raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(_DEFAULTS)}")
     raw = _COMMON_DEFAULTS | _DEFAULTS[architecture] | raw
@@ -134,6 +161,10 @@ def config_from_hf(raw: dict[str, Any]) -> LlamaConfig:
     dim, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
     theta, scaling = _rope_from_hf(raw)
     windowed = architecture == "MistralForCausalLM" and raw["sliding_window"] is not None
+    kinds = files.checked(raw.get("layer_types") or [], list[str], "config.json: layer_types")
+    if others := set(kinds) - {"sliding_attention" if windowed else "full_attention"}:
+        raise ValueError(f"config.json: layer_types has {', '.join(sorted(others))}, which is not supported beside the "
+                         "other settings")
     return LlamaConfig(
         vocab=_size(raw, "vocab_size"),
         dim=dim,
@@ -145,7 +176,7 @@ def config_from_hf(raw: dict[str, Any]) -> LlamaConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_number(raw, "rms_norm_eps"),
-        tied=bool(raw["tie_word_embeddings"]),
+        tied=files.checked(raw["tie_word_embeddings"], bool, "config.json: tie_word_embeddings"),
         context=_size(raw, "max_position_embeddings"),
         sliding_window=_size(raw, "sliding_window") if windowed else None,
         qkv_bias=architecture == "Qwen2ForCausalLM",
@@ -156,7 +187,9 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     """The inverse of ``config_from_hf``; ValueError for a mixture that no supported architecture describes."""
     architecture = "Qwen2" if config.qkv_bias else "Mistral" if config.sliding_window else "Llama"
     scaling = None
-    if (s := config.rope_scaling) is not None:
+    if isinstance(s := config.rope_scaling, LinearRopeScaling):
+        scaling = {"rope_type": "linear", "factor": s.factor}
+    elif s is not None:
         scaling = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor}
         scaling |= {"high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_context}
     raw = {
@@ -245,39 +278,52 @@ def _save(path, shard):
 
 def _rope_from_hf(raw):
     """(theta, scaling) from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    old, new = (files.checked(raw.get(key) or {}, dict, f"config.json: {key}")
+                for key in ("rope_scaling", "rope_parameters"))
+    rope = old | new
+    if differ := [key for key in old if rope[key] != old[key]]:
+        raise ValueError(f"config.json: rope_scaling and rope_parameters differ in {', '.join(differ)}: remove one")
+    if parts := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise ValueError(f"config.json: a rope scaling of its own for {', '.join(parts)} is not supported")
     theta = _number(raw | rope, "rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if (partial := (raw | rope).get("partial_rotary_factor", 1)) != 1:
         raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
     if kind == "default":
+        if rope.get("factor") not in (None, 1):
+            raise ValueError(f"config.json: a rope scaling by {rope['factor']} without a rope_type that uses it: name "
+                             "the type, or remove the factor")
         return theta, None
+    if kind == "linear":
+        return theta, LinearRopeScaling(_number(rope, "factor"))
     if kind != "llama3":
-        raise ValueError(f"config.json: rope scaling {kind!r} is not supported; supported: 'default', 'llama3'")
+        raise ValueError(f"config.json: rope scaling {kind!r} is not supported; supported: 'default', 'linear', "
+                         "'llama3'")
     original = _size(rope, "original_max_position_embeddings", _size(raw, "max_position_embeddings"))
     factor, low, high = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     return theta, Llama3RopeScaling(factor, low, high, original)
 
 
 def _number(raw, key):
-    if isinstance(raw.get(key), bool) or not isinstance(raw.get(key), int | float):
-        raise ValueError(f"the model's configuration needs {key} as a number, got {raw.get(key)!r}")
-    return float(raw[key])
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        raise ValueError(f"the model's configuration needs {key} as a number, got {value!r}")
+    return float(value)
 
 
 def _size(raw, key, default=None):
     value = default if raw.get(key) is None else raw[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
         raise ValueError(f"the model's configuration needs {key} as a positive integer, got {value!r}")
     return value
 
 
 def _read_json(path):
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent}: no {path.name}; a complete Hugging Face directory is needed") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object; download it again")
@@ -285,22 +331,32 @@ def _read_json(path):
 
 
 def _open_safetensors(directory):
-    index = directory / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    tensors = {}
-    for file in files:
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    listed = {}
+    if not single.is_file() and index.is_file():
+        listed = files.checked(_read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+    elif index.is_file():
+        note(f"{directory}: {single.name} is read, as transformers does, and {index.name} and its files are not: "
+             "remove what is not the model")
+    tensors, found = {}, {}
+    for file in sorted(set(listed.values())) or [single.name]:
         if not (directory / file).is_file():
             raise ValueError(f"{directory}: no {file}. Only safetensors weights are read; download or convert them")
         try:
             with safe_open(directory / file, "np") as opened:
                 for name in opened.keys():  # noqa: SIM118
+                    if found.setdefault(name, file) != file:
+                        raise ValueError(f"{directory}: tensor {name} is in {found[name]} and in {file}: remove the "
+                                         "file that is not of this model")
                     header = opened.get_slice(name)
                     read = partial(_read_safetensors, directory / file, name)
                     tensors[name] = Tensor(tuple(header.get_shape()), header.get_dtype(), read)
         except SafetensorError as error:
             raise ValueError(f"{directory / file}: damaged safetensors file ({error}); download it again") from error
+    for name, file in listed.items():
+        if found.get(name) != file:
+            raise ValueError(f"{index}: tensor {name} is not in {file}, where it should be"
+                             + (f", but in {found[name]}" if name in found else "") + "; download both again")
     return tensors
 
 
@@ -312,31 +368,76 @@ def _read_safetensors(file, name):
 # ---- GGUF
 
 
+class _Reader(GGUFReader):
+    """The ``gguf`` package's, but what a damaged header says of lengths is believed only as far as the file goes."""
+
+    def _get(self, offset, dtype, count=1, *more, **named):
+        found = super()._get(offset, dtype, count, *more, **named)
+        if len(found) < count:
+            raise ValueError(f"it ends before the {count} numbers at byte {offset}")
+        return found
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        if raw_type == GGUFValueType.ARRAY and (count := self._get(orig_offs + 4, np.uint64)[0]) > 2**24:
+            raise ValueError(f"a list of {count} entries at byte {orig_offs}")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
 def read_gguf(path: str | Path) -> GGUFReader:
-    """Open (memory-map) a GGUF file; ValueError if it is not one or is cut short."""
+    """Open (memory-map) a GGUF file; ValueError if it is not one or is cut short.
+
+    Of a file that was split, given the first part: its metadata, and the tensors of all parts.
+    """
+    reader = _open_gguf(path)
+    number, count = (files.checked(tokenizer.field(reader, f"split.{name}", default), int, f"{path}: split.{name}")
+                     for name, default in (("no", 0), ("count", 1)))
+    if count <= 1:
+        return reader
+    named = _PART.fullmatch(Path(path).name)
+    if number or not named or int(named[2]) != count:
+        raise ValueError(f"{path}: part {number + 1} of {count} of a GGUF file: give the first, beside the others, "
+                         f"called NAME-00001-of-{count:05d}.gguf")
+    for i in range(1, count):
+        other = Path(path).with_name(f"{named[1]}-{i + 1:05d}-of-{count:05d}.gguf")
+        if not other.is_file():
+            raise ValueError(f"{path}: its part {i + 1} of {count} is not there: put {other.name} beside it")
+        part = _open_gguf(other)
+        if (tokenizer.field(part, "split.no", 0), tokenizer.field(part, "split.count", 1)) != (i, count):
+            raise ValueError(f"{other}: not part {i + 1} of {count}; download it again")
+        reader.tensors += part.tensors
+    names = {tensor.name for tensor in reader.tensors}
+    if not len(names) == len(reader.tensors) == tokenizer.field(reader, "split.tensors.count", len(names)):
+        raise ValueError(f"{path}: its {count} parts hold {len(reader.tensors)} tensors of {len(names)} names, and "
+                         "should hold another number: they are not of one file; download them again")
+    return reader
+
+
+def _open_gguf(path):
     try:
-        return GGUFReader(str(path))
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        with np.errstate(over="raise"):  # of offsets
+            return _Reader(str(path))
+    except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable GGUF file ({error}); download it again") from error
 
 
 def from_gguf(reader: GGUFReader) -> tuple[LlamaConfig, Params]:
     """Config and params of a GGUF file of architecture ``llama``; the output is tied where output.weight is absent."""
     tensors = {t.name: Tensor(tuple(int(size) for size in reversed(t.shape)), "F16" if t.tensor_type.name == "F16"
-                              else "F32", partial(_dense, reader, t)) for t in reader.tensors}
-    if _GGUF["embed"] not in tensors:
-        raise ValueError(f"the GGUF file has no tensor {_GGUF['embed']!r}")
+                              else "F32", partial(_dense, t)) for t in reader.tensors}
+    if _GGUF["embed"] not in tensors or not tensors[_GGUF["embed"]].shape:
+        raise ValueError(f"the GGUF file has no tensor {_GGUF['embed']!r}, or a number for it")
     factors = tensors.pop("rope_freqs.weight").read() if "rope_freqs.weight" in tensors else None
     vocab = tensors[_GGUF["embed"]].shape[0]
     config = _config_from_gguf(reader, vocab, tied=_GGUF["head"] not in tensors, factors=factors)
     for part, heads in (("q", config.heads), ("k", config.kv_heads)):
-        for name in (_GGUF[part].format(i) for i in range(config.layers)):
-            if (tensor := tensors.get(name)) is not None:
+        before, after = _GGUF[part].split("{}")
+        for name, tensor in tensors.items():
+            if name.startswith(before) and name.endswith(after):
                 tensors[name] = tensor._replace(read=partial(_pair_halves, tensor.read, heads))
     return config, assemble(config, _GGUF, tensors, "the GGUF file")
 
 
-def _dense(reader, tensor):
+def _dense(tensor):
     """The tensor as floating-point numbers, some rows at a time: dequantizing takes several times the result."""
     data, kind = tensor.data, tensor.tensor_type
     try:
@@ -352,8 +453,9 @@ def _dense(reader, tensor):
     except NotImplementedError as error:
         raise ValueError(f"GGUF tensor {tensor.name}: type {kind.name} cannot be dequantized") from error
     finally:
-        if isinstance(reader.data.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            reader.data.base.madvise(mmap.MADV_DONTNEED)  # the pages of the file count as memory of this process
+        mapped = getattr(data, "_mmap", None)
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)  # the pages of the file count as memory of this process
 
 
 def _pair_halves(read, heads):
@@ -366,14 +468,14 @@ def save_gguf(path: str | Path, model: Model) -> None:
     """Write a dense model as a GGUF file of architecture ``llama`` that ``load`` and other programs read.
 
     Matrices in the type of the embedding, float16 or float32, and vectors in float32; each is read from the params when
-    it is its turn. Raises ValueError for what such a file cannot hold: biases, other rope scalings than Llama 3's, some
-    tokenizers (``tokenizer.to_gguf``); and OSError where the disk is full.
+    it is its turn. Raises ValueError for what such a file cannot hold: biases, Llama 3's rope scaling with other
+    numbers than its releases', some tokenizers (``tokenizer.to_gguf``); and OSError where the disk is full.
     """
     config, params = model.config, model.params
     if config.qkv_bias:
         raise ValueError("GGUF's architecture 'llama' has no biases of q, k and v, and Qwen2's is not written here: "
                          "export the model with --to hf")
-    factors = None if config.rope_scaling is None else _factors_from_llama3(config)
+    factors = _factors_from_llama3(config) if isinstance(config.rope_scaling, Llama3RopeScaling) else None
     writer, table = GGUFWriter(path, "llama"), tokenizer.to_gguf(model.tokenizer, model.special, config.vocab)
     half = params["embed"].dtype == np.float16
     writer.add_type("model")
@@ -393,6 +495,9 @@ def save_gguf(path: str | Path, model: Model) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     if config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
+    if isinstance(config.rope_scaling, LinearRopeScaling):
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
     for key, value in table.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
         add[type(value)](key, value)
@@ -438,8 +543,9 @@ def _config_from_gguf(reader, vocab, tied, factors):
         raise ValueError(f"GGUF architecture {architecture!r} is not supported, only 'llama'")
     prefix = "llama."
     raw = {key.removeprefix(prefix): f.contents() for key, f in reader.fields.items() if key.startswith(prefix)}
-    if (kind := raw.get("rope.scaling.type", "none")) != "none":
-        raise ValueError(f"GGUF rope scaling {kind!r} is not supported")
+    for key in _IDLE.keys() & raw.keys():
+        if raw[key] not in _IDLE[key]:
+            raise ValueError(f"GGUF {key} = {raw[key]!r} is not supported for architecture 'llama'")
     dim, heads = _size(raw, "embedding_length"), _size(raw, "attention.head_count")
     head_dim = _size(raw, "attention.key_length", dim // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
@@ -455,17 +561,31 @@ def _config_from_gguf(reader, vocab, tied, factors):
         head_dim=head_dim,
         ffn_dim=_size(raw, "feed_forward_length"),
         rope_theta=theta,
-        rope_scaling=None if factors is None else _llama3_scaling(factors, theta, head_dim),
+        rope_scaling=_rope_from_gguf(raw, factors, theta, head_dim),
         norm_eps=_number(raw, "attention.layer_norm_rms_epsilon"),
         tied=tied,
         context=_size(raw, "context_length"),
-        sliding_window=raw.get("attention.sliding_window"),
+        sliding_window=_size(raw, "attention.sliding_window") if raw.get("attention.sliding_window") else None,
     )
+
+
+def _rope_from_gguf(raw, factors, theta, head_dim):
+    """The scaling in the metadata, linear where no type is named, or in the tensor of frequencies' divisors."""
+    if (kind := raw.get("rope.scaling.type", "linear")) not in ("none", "linear"):
+        raise ValueError(f"GGUF rope scaling {kind!r} is not supported; supported: 'none', 'linear'")
+    told = {key: _number(raw, key) for key in ("rope.scaling.factor", "rope.scale_linear") if key in raw}
+    linear = {factor for factor in told.values() if kind == "linear" and factor not in (0, 1)}
+    if len(linear) + (factors is not None) > 1:
+        tensor = "" if factors is None else " and the tensor rope_freqs.weight"
+        raise ValueError(f"GGUF rope scaling is told twice, {told}{tensor}, and only one is supported")
+    if factors is not None:
+        return _llama3_scaling(factors, theta, head_dim)
+    return LinearRopeScaling(*linear) if linear else None
 
 
 def _llama3_scaling(factors, theta, head_dim):
     """The Llama 3 scaling behind GGUF's divisors of the frequencies: all releases differ in ``factor`` alone."""
-    scaling = Llama3RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
+    scaling = Llama3RopeScaling(float(factors.max(initial=1)), 1.0, 4.0, 8192)
     plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     scaled = llama.rope_frequencies(head_dim, theta, scaling)
     if factors.shape != plain.shape or not np.allclose(plain / scaled, factors, rtol=1e-4):

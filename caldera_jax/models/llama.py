@@ -28,6 +28,17 @@ Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class LinearRopeScaling:
+    """Every wavelength grows by ``factor``: positions lie that much closer together."""
+
+    factor: float
+
+    def __post_init__(self):
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"a rope scaling needs a positive factor, got {self.factor}")
+
+
+@dataclass(frozen=True)
 class Llama3RopeScaling:
     """Llama 3.1's context extension: wavelengths beyond ``original_context / low_freq_factor`` grow by ``factor``."""
 
@@ -35,6 +46,15 @@ class Llama3RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def __post_init__(self):
+        if not (0 < self.factor < math.inf and 0 < self.low_freq_factor < self.high_freq_factor < math.inf
+                and self.original_context > 0):
+            raise ValueError("Llama 3's rope scaling needs positive numbers, high_freq_factor above low_freq_factor, "
+                             f"got {self}")
+
+
+RopeScaling = LinearRopeScaling | Llama3RopeScaling
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,7 @@ class LlamaConfig:
     head_dim: int
     ffn_dim: int
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied: bool = False
     context: int = 2048
@@ -61,6 +81,9 @@ class LlamaConfig:
         for name in sizes + ("sliding_window",) * (self.sliding_window is not None):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        if not 0 < self.rope_theta < math.inf or not 0 <= self.norm_eps < math.inf:
+            raise ValueError("rope_theta must be positive and norm_eps at least 0, both finite; got "
+                             f"{self.rope_theta} and {self.norm_eps}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads do not divide into {self.kv_heads} key/value heads")
         if self.head_dim % 2:
@@ -112,16 +135,19 @@ def rms_norm(x: Float[Array, "b s d"], gain: Any, eps: float) -> Float[Array, "b
 
 
 def rope_frequencies(
-    head_dim: int, theta: float, scaling: Llama3RopeScaling | None = None
+    head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> Float64[np.ndarray, " half"]:
     """Radians per position of each rotated pair: theta^(-2i/e), slowed down by ``scaling`` if there is one.
 
-    Llama 3 scaling divides by ``factor`` the frequencies that turn less than ``low_freq_factor`` times within the
-    original context, keeps those that turn more than ``high_freq_factor`` times, and interpolates linearly between.
+    Linear scaling divides all by ``factor``. Llama 3 scaling divides those that turn less than ``low_freq_factor``
+    times within the original context, keeps those that turn more than ``high_freq_factor`` times, and interpolates
+    linearly between.
     """
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
         return frequency
+    if isinstance(scaling, LinearRopeScaling):
+        return frequency / scaling.factor
     turns = scaling.original_context * frequency / (2 * np.pi)
     kept = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
     return frequency * (kept + (1 - kept) / scaling.factor)

@@ -6,6 +6,7 @@ tokens that are bos_token, eos_token, unk_token and pad_token, and the chat_temp
 
 import json
 from collections.abc import Mapping
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,19 @@ _SPLITTERS = {  # of byte-level tokenizers, by GGUF's names
 
 def encode(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " s"]:
     """Token ids of ``text`` with none added: no BOS or EOS, which is also the perplexity protocol here."""
-    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+    with _refused("the tokenizer cannot encode this text", "repair its tokenizer.json"):
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+
+@contextmanager
+def _refused(what, remedy):
+    """What the library raises as a ValueError: bare Exceptions, and BaseExceptions where it panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what} ({error}); {remedy}") from error
 
 
 def from_directory(path: str | Path) -> Tokenizer:
@@ -49,10 +62,8 @@ def from_directory(path: str | Path) -> Tokenizer:
             f"{path}: no tokenizer.json. Save the model's fast tokenizer there "
             f"(transformers: AutoTokenizer.from_pretrained(...).save_pretrained({str(path)!r}))"
         )
-    try:
+    with _refused(f"{file}: not a readable tokenizer file", "download it again"):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file}: not a readable tokenizer file ({error}); download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -85,13 +96,20 @@ def to_directory(path: str | Path, tokenizer: Tokenizer, special: Mapping[str, s
 
 
 def contents(reader: GGUFReader) -> dict[str, Any]:
-    """The metadata of a GGUF file."""
-    return {key: value.contents() for key, value in reader.fields.items()}
+    """The metadata of a GGUF file; ValueError naming a key whose text cannot be read."""
+    return {key: _content(reader, key) for key in reader.fields}
 
 
 def field(reader: GGUFReader, key: str, *default):
     """A metadata value of a GGUF file; ValueError naming the key if it is absent and has no default."""
-    return _value({key: reader.fields[key].contents()} if key in reader.fields else {}, key, *default)
+    return _value({key: _content(reader, key)} if key in reader.fields else {}, key, *default)
+
+
+def _content(reader, key):
+    try:
+        return reader.fields[key].contents()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the GGUF file's {key!r} is no text in UTF-8 ({error}); download it again") from error
 
 
 def _value(fields, key, *default):
@@ -113,12 +131,12 @@ def from_gguf(reader: GGUFReader) -> Tokenizer:
 def from_fields(fields: Mapping[str, Any]) -> Tokenizer:
     """``from_gguf`` of a file's metadata alone."""
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
-    kind = _value(fields, "tokenizer.ggml.model")
+    kind = files.checked(_value(fields, "tokenizer.ggml.model"), str, "tokenizer.ggml.model")
     if kind not in kinds:
         raise ValueError(f"GGUF tokenizer model {kind!r} is not supported; supported: {', '.join(kinds)}")
-    tokens = _value(fields, "tokenizer.ggml.tokens")
+    tokens = _tokens(fields)
     tokenizer = kinds[kind](fields, tokens)
-    for token, type in zip(tokens, _value(fields, "tokenizer.ggml.token_type", []), strict=False):
+    for token, type in zip(tokens, _each(fields, "token_type", int, [_NORMAL] * len(tokens)), strict=True):
         if type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=type != _USER_DEFINED)])
     special = special_from_fields(fields)
@@ -133,11 +151,33 @@ def from_fields(fields: Mapping[str, Any]) -> Tokenizer:
 
 def special_from_fields(fields: Mapping[str, Any]) -> dict[str, str]:
     """``special`` out of a GGUF file's metadata."""
-    tokens = _value(fields, "tokenizer.ggml.tokens")
-    ids = {role: fields.get(f"tokenizer.ggml.{name}", len(tokens)) for role, name in _ROLES.items()}
-    special = {role: tokens[id] for role, id in ids.items() if id < len(tokens)}
-    template = fields.get("tokenizer.chat_template")
+    tokens = _tokens(fields)
+    ids = {role: _id(fields, name, len(tokens)) for role, name in _ROLES.items()}
+    special = {role: tokens[id] for role, id in ids.items() if id is not None}
+    template = files.checked(fields.get("tokenizer.chat_template", ""), str, "tokenizer.chat_template")
     return special | ({"chat_template": template} if template else {})
+
+
+def _tokens(fields):
+    return files.checked(_value(fields, "tokenizer.ggml.tokens"), list[str], "tokenizer.ggml.tokens")
+
+
+def _each(fields, name, kind, *default):
+    """One number for each token."""
+    key, count = f"tokenizer.ggml.{name}", len(_tokens(fields))
+    if len(values := files.checked(_value(fields, key, *default), list[kind], key)) != count:
+        raise ValueError(f"the GGUF file's {key} has {len(values)} entries for {count} tokens: convert or download it "
+                         "again")
+    return values
+
+
+def _id(fields, name, count, *default):
+    """The id of a token of this role; None where there is none, which some files write as -1."""
+    if (id := fields.get(key := f"tokenizer.ggml.{name}", *default)) in (None, -1, 2**32 - 1):
+        return None
+    if not 0 <= files.checked(id, int, key) < count:
+        raise ValueError(f"the GGUF file's {key} is {id}, and there are {count} tokens: convert or download it again")
+    return id
 
 
 def to_gguf(tokenizer: Tokenizer, special: Mapping[str, str], vocab: int) -> dict[str, Any]:
@@ -241,14 +281,16 @@ def _parts(raw):
 
 
 def _byte_level(fields, tokens):
-    pre = _value(fields, "tokenizer.ggml.pre", "default")
+    pre = files.checked(_value(fields, "tokenizer.ggml.pre", "default"), str, "tokenizer.ggml.pre")
     if pre not in _SPLITTERS:
         raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(_SPLITTERS)}")
-    ids, merges = _ids(tokens), [tuple(pair.split(" ")) for pair in _value(fields, "tokenizer.ggml.merges")]
-    try:
-        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"the GGUF file's merges and tokens do not fit ({error}); convert the file again") from error
+    pairs = files.checked(_value(fields, "tokenizer.ggml.merges"), list[str], "tokenizer.ggml.merges")
+    ids, merges = _ids(tokens), [tuple(pair.split(" ")) for pair in pairs]
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
+            raise ValueError(f"the GGUF file's merges and tokens do not fit ({' '.join(pair)!r} is no merge of two "
+                             "tokens to a third); convert the file again")
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -256,13 +298,15 @@ def _byte_level(fields, tokens):
 
 def _sentencepiece(fields, tokens):
     """SentencePiece merges the adjacent pair whose union scores highest: merges ranked by the score of their union."""
-    ids, scores = _ids(tokens), _value(fields, "tokenizer.ggml.scores")
-    normal = [id for id, kind in enumerate(_value(fields, "tokenizer.ggml.token_type")) if kind == _NORMAL]
+    ids, scores = _ids(tokens), _each(fields, "scores", float)
+    normal = [id for id, kind in enumerate(_each(fields, "token_type", int)) if kind == _NORMAL]
     ranked = sorted(normal, key=lambda id: -scores[id])
     splits = ((token[:i], token[i:]) for token in (tokens[id] for id in ranked) for i in range(1, len(token)))
     merges = [(left, right) for left, right in splits if left in ids and right in ids]
-    unknown = tokens[_value(fields, "tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    if (unknown := _id(fields, "unknown_token_id", len(tokens), 0)) is None:
+        raise ValueError("the GGUF file's tokenizer.ggml.unknown_token_id names no token, and a SentencePiece "
+                         "tokenizer needs one: convert the file again")
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
     prefix = [normalizers.Prepend("▁")] if _value(fields, "tokenizer.ggml.add_space_prefix", True) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
