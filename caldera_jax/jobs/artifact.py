@@ -185,14 +185,13 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import safe_open
-from tokenizers import Tokenizer
 
 from caldera_jax import codebooks, levels
 from caldera_jax.entropy import Classes, Stream
 from caldera_jax.jobs import report, spread
 from caldera_jax.levels import Coded, Integers, Levelled
 from caldera_jax.linear import CompressedLinear, Grid, Packed
-from caldera_jax.models import convert, files, weights
+from caldera_jax.models import convert, files, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Block
@@ -292,7 +291,7 @@ def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run
     files.write(directory / TOKENIZER, model.tokenizer.to_str().encode())
     names = [block_file(i) for i in range(model.config.layers)] + [REST, TOKENIZER]
     manifest = {"format": FORMAT, "model": model.name, "model_config": dataclasses.asdict(model.config),
-                "special": model.special, "run": run, "layers": layers,
+                "special": model.special, "ends": list(model.ends), "run": run, "layers": layers,
                 "files": {name: files.sha256(directory / name) for name in names}}
     files.write_json(directory / MANIFEST, manifest | {"sha256": digest(manifest)})
 
@@ -342,8 +341,8 @@ def load(directory: str | Path) -> Model:
     config = LlamaConfig(**raw)
     params = files.read_arrays(directory / REST)
     params["blocks"] = [_block(directory / block_file(i), manifest["layers"], i) for i in range(config.layers)]
-    return Model(config, params, Tokenizer.from_file(str(directory / TOKENIZER)), manifest["model"],
-                 manifest.get("special", {}))  # format 1 did not keep them
+    return Model(config, params, tokenizer.from_directory(directory), manifest["model"],
+                 manifest.get("special", {}), tuple(manifest.get("ends", ())))  # the first ones did not keep them
 
 
 def _block(path: Path, layers: dict[str, Any], index: int) -> Block:

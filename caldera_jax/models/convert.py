@@ -13,19 +13,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from caldera_jax.models import data, llama, tokenizer
 from caldera_jax.models.llama import Llama3RopeScaling, LlamaConfig, Params
-from caldera_jax.models.weights import Tensor, assemble
+from caldera_jax.models.weights import Model, Tensor, assemble
 
 # What the architectures' own configuration classes assume where config.json is silent.
 _DEFAULTS = {
@@ -50,19 +49,6 @@ _GGUF |= {name: f"blk.{{}}.ffn_{name}.weight" for name in ("gate", "up", "down")
 _GGUF |= {name: f"blk.{{}}.{name}.weight" for name in ("attn_norm", "ffn_norm")}
 
 
-class Model(NamedTuple):
-    """A model on the host; its ``params["blocks"]`` is a list of ``weights.Block``.
-
-    special: which tokens begin and end a text, and the chat template, as far as they are known (``models.tokenizer``).
-    """
-
-    config: LlamaConfig
-    params: Params
-    tokenizer: Tokenizer
-    name: str
-    special: dict[str, str] = {}
-
-
 def load(name_or_path: str | Path) -> Model:
     """A model by built-in name, GGUF file, Hugging Face directory or hub id (``org/name``); ValueError otherwise."""
     name = str(name_or_path)
@@ -71,17 +57,24 @@ def load(name_or_path: str | Path) -> Model:
         path = _from_hub(name)
     if path.is_file() and path.suffix == ".gguf":
         reader = read_gguf(path)
-        special = tokenizer.special_from_fields(tokenizer.contents(reader))
-        model = Model(*from_gguf(reader), tokenizer.from_gguf(reader), name, special)
+        fields = tokenizer.contents(reader)
+        special, ends = tokenizer.special_from_fields(fields), tokenizer.ends_from_fields(fields)
+        model = Model(*from_gguf(reader), tokenizer.from_gguf(reader), name, special, ends)
     elif path.is_dir():
         model = Model(*from_hf(path), tokenizer.from_directory(path), name, tokenizer.special_from_directory(path))
+        model = model._replace(ends=tokenizer.ends_from_directory(path, model.config.vocab))
     else:
         raise ValueError(
             f"unknown model {name!r}. Accepted: {', '.join(data.MODELS)} (built in), a .gguf file, a directory with "
             "config.json, *.safetensors and tokenizer.json, or a hub id org/name"
         )
-    if (tokens := model.tokenizer.get_vocab_size()) > model.config.vocab:
-        raise ValueError(f"{name}: the tokenizer has {tokens} tokens, the model only {model.config.vocab} embeddings")
+    added = {token.content for token in model.tokenizer.get_added_tokens_decoder().values()}
+    if beyond := {token: id for token, id in model.tokenizer.get_vocab().items()
+                  if id >= model.config.vocab and token not in added}:  # a text with an added one is refused by itself
+        token = min(beyond, key=beyond.__getitem__)
+        raise ValueError(f"{name}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the model only "
+                         f"{model.config.vocab} embeddings, none for token {beyond[token]}, {token!r}: put the model's "
+                         "own tokenizer there")
     return model
 
 
@@ -374,7 +367,8 @@ def save_gguf(path: str | Path, model: Model) -> None:
         raise ValueError("GGUF's architecture 'llama' has no biases of q, k and v, and Qwen2's is not written here: "
                          "export the model with --to hf")
     factors = None if config.rope_scaling is None else _factors_from_llama3(config)
-    writer, table = GGUFWriter(path, "llama"), tokenizer.to_gguf(model.tokenizer, model.special, config.vocab)
+    writer, table = GGUFWriter(path, "llama"), tokenizer.to_gguf(
+        model.tokenizer, model.special, config.vocab, model.ends)
     half = params["embed"].dtype == np.float16
     writer.add_type("model")
     writer.add_name(Path(model.name).name)
