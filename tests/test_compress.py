@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from caldera_jax import CalderaConfig, linear
-from caldera_jax.jobs import artifact, calibration, cli, evaluate, report
+from caldera_jax.jobs import artifact, calibration, cli, evaluate, explain, facts, finetune, report
 from caldera_jax.jobs import compress as compress_module
 from caldera_jax.jobs.compress import compress, memory_need
 from caldera_jax.jobs.run import Run
@@ -134,6 +134,17 @@ def test_windows_behind_bos_are_those_of_calibration_of_evaluation_and_of_eval(s
     assert "BOS" not in said[2] and "context 32, stride 32, 93 tokens scored" in said[2]
     assert "BOS first: context 16, stride 5, 93 tokens scored" in said[3]
     assert ", behind BOS)" in cli.table(row)
+    run = artifact.read_manifest(out)["run"]  # what comes after takes the run's windows, too
+    np.testing.assert_array_equal(finetune.held_out(model, run["config"]), held_out)
+    np.testing.assert_array_equal(explain._tokens(chosen, run, model), tokens)
+    assert facts.read_text(out).pieces[0][0] == "a"
+    train = finetune.FinetuneConfig(str(out), text=Tokens(chosen.calibration.text, 5, 16), aside=1)
+    batch, _ = finetune.read(train, model, run["config"])
+    assert batch.tokens.shape == (5, 16) and np.all(batch.tokens[:, 0] == bos)
+    lines = source.parent / "lines.jsonl"
+    lines.write_text('{"text": "to", "label": 0}\n{"text": "be", "label": 1}')
+    batch, _ = finetune.labelled(model, lines, 4, [bos])
+    assert batch.tokens[:, 0].tolist() == [bos] * 2 and batch.tokens.dtype == np.int32
 
 
 def test_inspect_shows_every_layer(finished, capsys, monkeypatch):
