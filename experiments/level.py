@@ -59,7 +59,7 @@ def alike(job, tokens, folder) -> dict[str, np.ndarray]:
 def elsewhere(importance: Callable[..., Any], job, tokens, folder):
     """Importance from program text."""
     text = Tokens("python", job.config.calibration.windows, tokens.shape[1])
-    return importance(job, data.windows_beside(job.model.tokenizer, text, "", "calibration"), folder)
+    return importance(job, data.windows_beside(job.model, text, "", "calibration"), folder)
 
 
 def one_step(quantize: Callable[..., Any], w, factors, *more, **named):
@@ -158,7 +158,7 @@ def measure(config: Config) -> Result:
         found = compress(run_config(config), out, Path(moments().name))
         base, other = model(config.model), artifact.load(out)
         windows = min(PYTHON, config.windows)
-        tokens = data.windows_beside(base.tokenizer, Tokens("python", windows, config.window), "", "evaluation")
+        tokens = data.windows_beside(base, Tokens("python", windows, config.window), "", "evaluation")
         before, after, divergence = (float(np.mean(part, dtype=np.float64)) for part in evaluate.compare(
             base.config, base.params, other.params, tokens)[:3])
     kept = ("base_perplexity", "compressed_perplexity", "lost", "divergence", "predicted_damage", "bits_per_weight",

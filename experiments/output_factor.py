@@ -99,7 +99,7 @@ def measure(config: Config) -> Result:
     """Divergence with either, at equal bits, and what G from other text says of both."""
     model = machinery.model(config.model)
     text = Tokens("enwiki", config.windows, config.window)
-    ours, theirs = (data.windows_beside(model.tokenizer, text, text.text, part)
+    ours, theirs = (data.windows_beside(model, text, text.text, part)
                     for part in ("calibration", "evaluation"))
     h = {(index, name): np.asarray(moments[llama.INPUT_OF[name]].mean())
          for index, moments in calibration.collect(model.config, model.params, ours) for name in config.layers}

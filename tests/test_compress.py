@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from caldera_jax import CalderaConfig, linear
-from caldera_jax.jobs import artifact, calibration, cli, evaluate, report
+from caldera_jax.jobs import artifact, calibration, cli, evaluate, explain, facts, finetune, report
 from caldera_jax.jobs import compress as compress_module
 from caldera_jax.jobs.compress import compress, memory_need
 from caldera_jax.jobs.run import Run
@@ -104,6 +104,47 @@ def test_eval_from_disk_repeats_the_reported_perplexity(finished, capsys, monkey
     monkeypatch.setattr("sys.argv", ["caldera", "eval", str(out), "--processes", "0"])
     cli.main()
     assert f"perplexity {row['compressed_perplexity']:.4f}" in capsys.readouterr().out
+
+
+def test_windows_behind_bos_are_those_of_calibration_of_evaluation_and_of_eval(source, config, tmp_path, capsys,
+                                                                               monkeypatch):
+    with pytest.raises(ValueError, match="knows no token that begins a text: leave --bos out"):
+        compress(dataclasses.replace(config, bos=True), tmp_path / "none")
+    named = tmp_path / "named"
+    shutil.copytree(source, named)
+    (named / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a"}))
+    chosen, out = dataclasses.replace(config, model=str(named), bos=True), tmp_path / "out"
+    model = convert.load(named)
+    tokens, held_out = compress_module.texts(chosen, model)
+    plain = compress_module.texts(dataclasses.replace(chosen, bos=False), model)
+    bos = model.tokenizer.token_to_id("a")
+    for ours, theirs in zip((tokens, held_out), plain, strict=True):
+        assert ours.shape == theirs.shape and np.all(ours[:, 0] == bos)
+        np.testing.assert_array_equal(ours[:, 1:].ravel(), theirs.ravel()[:ours[:, 1:].size])
+    row, said = compress(chosen, out), []
+    assert row["config"]["bos"] and row["evaluated_tokens"] == 3 * 31
+    assert row["base_perplexity"] == pytest.approx(evaluate.perplexity(model.config, model.params, held_out), rel=1e-6)
+    for more in ([], ["--stride", "31"], ["--bos", "False"], ["--context", "16", "--stride", "5"]):
+        monkeypatch.setattr("sys.argv", ["caldera", "eval", str(out), "--processes", "0", *more])
+        cli.main()
+        said.append(capsys.readouterr().out)
+    for text in said[:2]:
+        assert f"perplexity {row['compressed_perplexity']:.4f} on 3 windows of 32 tokens" in text
+        assert "BOS first: context 32, stride 31, 93 tokens scored" in text
+    assert "BOS" not in said[2] and "context 32, stride 32, 93 tokens scored" in said[2]
+    assert "BOS first: context 16, stride 5, 93 tokens scored" in said[3]
+    assert ", behind BOS)" in cli.table(row)
+    run = artifact.read_manifest(out)["run"]  # what comes after takes the run's windows, too
+    np.testing.assert_array_equal(finetune.held_out(model, run["config"]), held_out)
+    np.testing.assert_array_equal(explain._tokens(chosen, run, model), tokens)
+    assert facts.read_text(out).pieces[0][0] == "a"
+    train = finetune.FinetuneConfig(str(out), text=Tokens(chosen.calibration.text, 5, 16), aside=1)
+    batch, _ = finetune.read(train, model, run["config"])
+    assert batch.tokens.shape == (5, 16) and np.all(batch.tokens[:, 0] == bos)
+    lines = source.parent / "lines.jsonl"
+    lines.write_text('{"text": "to", "label": 0}\n{"text": "be", "label": 1}')
+    batch, _ = finetune.labelled(model, lines, 4, [bos])
+    assert batch.tokens[:, 0].tolist() == [bos] * 2 and batch.tokens.dtype == np.int32
 
 
 def test_inspect_shows_every_layer(finished, capsys, monkeypatch):
@@ -399,11 +440,12 @@ def test_a_damaged_missing_or_foreign_file_is_named(finished, tmp_path):
     second = {name: value for name, value in manifest.items() if name != "sha256"} | {"format": 2}
     (out / artifact.MANIFEST).write_text(json.dumps(second))
     assert artifact.read_manifest(out)["layers"] == manifest["layers"]
-    first = {name: value for name, value in manifest.items() if name not in ("special", "sha256")} | {"format": 1}
+    first = {name: value for name, value in manifest.items() if name not in ("special", "ends", "sha256")} | {
+        "format": 1}
     (out / artifact.MANIFEST).write_text(json.dumps(first))
     (out / block.name).write_bytes((finished[0] / block.name).read_bytes())
     old, new = artifact.load(out), artifact.load(finished[0])  # the first format is read, too
-    assert old.special == {} and weights.rest(old.params).keys() == weights.rest(new.params).keys()
+    assert old.special == {} and old.ends == () and weights.rest(old.params).keys() == weights.rest(new.params).keys()
     np.testing.assert_array_equal(old.params["blocks"][1]["up"].dense(), new.params["blocks"][1]["up"].dense())
     (out / artifact.MANIFEST).write_text("[]")
     with pytest.raises(ValueError, match="not a manifest"):

@@ -460,7 +460,7 @@ def test_load_reads_a_directory_with_its_tokenizer(tmp_path):
     model = convert.load(tmp_path)
     assert model.config == PLAIN and model.name == str(tmp_path) and model.tokenizer.get_vocab_size() == 50
     save_tokenizer(tmp_path, 51)
-    with pytest.raises(ValueError, match="51 tokens, the model only 50"):
+    with pytest.raises(ValueError, match="51 tokens, the model only 50 embeddings, none for token 50, 'w50'"):
         convert.load(tmp_path)
 
 

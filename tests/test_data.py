@@ -1,6 +1,7 @@
 """Built-ins, text files, splits and windows of tokens."""
 
 import bz2
+import dataclasses
 import hashlib
 import itertools
 import subprocess
@@ -9,12 +10,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from caldera_jax.models import data
 from caldera_jax.models import tokenizer as tokenizers
+from caldera_jax.models.weights import Model
 
 CONTENT = b"the member of a wheel"
 SOURCE = data.Source("some-wheel==1.0", "folder/member.bin", hashlib.sha256(CONTENT).hexdigest())
@@ -163,8 +166,9 @@ def test_several_texts_give_as_many_windows_each_of_its_own_part(tmp_path):
     held_out, = data.documents_beside(two, f"{one}+{two}", "evaluation")[two]
     assert "b39" in held_out and "b0 " not in held_out
     tokenizer = words()
-    found = data.windows_beside(tokenizer, data.Tokens(f"{one}+{two}", 3, 8), "", "calibration")
-    alone = [data.windows_beside(tokenizer, data.Tokens(name, 3, 8), "", "calibration") for name in (one, two)]
+    model = Model(dataclasses.replace(tiny.CONFIG, vocab=100), {}, tokenizer, "")
+    found = data.windows_beside(model, data.Tokens(f"{one}+{two}", 3, 8), "", "calibration")
+    alone = [data.windows_beside(model, data.Tokens(name, 3, 8), "", "calibration") for name in (one, two)]
     np.testing.assert_array_equal(found, np.concatenate(alone))
     (tmp_path / "a+b.txt").write_text("one file whose name has a plus")
     assert data.named(str(tmp_path / "a+b.txt")) == [str(tmp_path / "a+b.txt")]
@@ -173,7 +177,35 @@ def test_several_texts_give_as_many_windows_each_of_its_own_part(tmp_path):
             data.named(wrong)
     assert data.named("enwiki + python") == ["enwiki", "python"] and data.named("") == [""]
     with pytest.raises(ValueError, match="unknown text 'pyton'"):
-        data.windows_beside(tokenizer, data.Tokens(f"{one}+pyton", 2, 8), "", "calibration")
+        data.windows_beside(model, data.Tokens(f"{one}+pyton", 2, 8), "", "calibration")
+
+
+def test_a_window_with_bos_holds_one_token_less_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text(text_of(*range(50)))
+    config, text = dataclasses.replace(tiny.CONFIG, vocab=100), data.Tokens(str(tmp_path / "a.txt"), 3, 8)
+    model, one = Model(config, {}, words(), "", {"bos_token": "w99"}), data.Tokens(text.text, 3, 1)
+    found = data.windows_beside(model, text, "", "calibration", bos=True)
+    np.testing.assert_array_equal(found, [[99, *range(7 * i, 7 * i + 7)] for i in range(3)])
+    assert found.dtype == np.int32
+    first = words()
+    first.post_processor = processors.TemplateProcessing(single="w98 $A", special_tokens=[("w98", 98)])
+    assert data.windows_beside(model._replace(tokenizer=first, special={}), text, "", "calibration", True)[0, 0] == 98
+    with pytest.raises(ValueError, match="knows no token that begins a text: leave --bos out, or name its bos_token"):
+        data.windows_beside(model._replace(special={}), text, "", "calibration", bos=True)
+    with pytest.raises(ValueError, match="calibration windows of 1 token have no room for text behind BOS"):
+        data.windows_beside(model, one, "", "calibration", bos=True)
+
+
+def test_a_text_with_a_token_that_has_no_embedding_is_refused_by_name(tmp_path):
+    (tmp_path / "a.txt").write_text(text_of(*range(50)))
+    model = Model(dataclasses.replace(tiny.CONFIG, vocab=20), {}, words(), "", {"bos_token": "w99"})
+    take = lambda count, bos: data.windows_beside(model, data.Tokens(str(tmp_path / "a.txt"), count, 4), "",
+                                                  "calibration", bos)
+    assert take(5, False).max() == 19
+    with pytest.raises(ValueError, match="holds 'w23', token 23, .* tokens 0 to 19 alone"):
+        take(6, False)
+    with pytest.raises(ValueError, match="holds 'w99'"):
+        take(2, True)
 
 
 # ---- built-ins

@@ -68,6 +68,18 @@ def test_a_stride_of_the_context_is_the_protocol_without_overlap(base):
     assert evaluate.perplexity(CONFIG, base, found, scored=scored) == plain
 
 
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(2, 40), data=st.data())
+def test_behind_bos_every_token_of_the_text_is_scored_once(n, data):
+    context = data.draw(st.integers(2, n + 1))
+    stride = data.draw(st.integers(1, context - 1))
+    windows, scored = evaluate.sliding_windows(np.arange(n), context, stride, bos=99)
+    assert windows.shape[1] == context and scored.shape == (len(windows), context - 1)
+    assert np.all(windows[:, 0] == 99) and sorted(windows[:, 1:][scored]) == [*range(n)]
+    before = np.broadcast_to(np.arange(context - 1), scored.shape)[scored]  # of the text
+    assert np.all(before >= np.minimum(context - 1 - stride, windows[:, 1:][scored]))
+
+
 @pytest.mark.parametrize(("context", "stride"), [(8, 3), (8, 1), (10, 9)])
 def test_sliding_perplexity_is_that_of_a_forward_pass_for_each_token(base, context, stride):
     windows, scored = evaluate.sliding_windows(TOKENS, context, stride)
@@ -88,6 +100,14 @@ def test_sliding_perplexity_is_that_of_a_forward_pass_for_each_token(base, conte
 def test_windows_that_leave_tokens_out_are_refused(context, stride, message):
     with pytest.raises(ValueError, match=message):
         evaluate.sliding_windows(TOKENS, context, stride)
+
+
+def test_behind_bos_a_context_has_room_for_one_token_less():
+    assert len(evaluate.sliding_windows(TOKENS, len(TOKENS) + 1, 1, bos=0)[0]) == 1
+    for context, stride, message in ((31, 3, "at most the 29 of the text and BOS"), (8, 8, "the context, 7 beside BOS"),
+                                     (1, 1, "a context of 1 tokens")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.sliding_windows(TOKENS, context, stride, bos=0)
 
 
 # ---- comparison

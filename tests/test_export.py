@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from caldera_jax import LevelConfig, hadamard, level, linear
 from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
-from caldera_jax.jobs import artifact, evaluate, export
+from caldera_jax.jobs import artifact, evaluate, export, generate
 from caldera_jax.kernels.matmul import Packed
 from caldera_jax.models import convert, data, files, llama, tokenizer, weights
 from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig
@@ -236,6 +236,47 @@ def test_transformers_encodes_and_decodes_as_a_sentencepiece_tokenizer(tmp_path,
         ids = model.tokenizer.encode(text).ids
         assert theirs(text)["input_ids"] == ids and ids[0] == 1
         assert theirs.decode(ids, skip_special_tokens=True) == model.tokenizer.decode(ids)
+
+
+@pytest.mark.extra
+def test_transformers_ends_at_each_token_that_the_model_ends_at(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
+    model = make(PLAIN, special={"eos_token": "<|end|>"})._replace(ends=(5, 6))
+    end = model.tokenizer.token_to_id("<|end|>")
+    export.export(model, "hf", tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == [end, 5, 6]
+    back = convert.load(tmp_path / "out")
+    assert generate.end_tokens(back) == generate.end_tokens(model) == {end, 5, 6}
+
+
+@pytest.mark.parametrize(("special", "ends", "told"), [
+    ({"eos_token": "<|end|>"}, [], ["<|end|>"]), ({}, ["a"], ["a"]),
+    ({"eos_token": "<|end|>"}, ["a", "<|end|>", "b"], ["<|end|>", "a", "b"]),
+    ({"eos_token": "<|end|>"}, ["<|eom_id|>", "a"], ["<|end|>", "a", "<|eom_id|>"]),
+])
+def test_a_gguf_file_names_the_tokens_that_end_a_text_a_turn_and_a_message(tmp_path, special, ends, told):
+    made = byte_level("gpt-2")
+    made.add_special_tokens([AddedToken("<|eom_id|>", normalized=False)])
+    ids = lambda tokens: tuple(map(made.token_to_id, tokens))
+    export.export(make(PLAIN, made, special)._replace(ends=ids(ends)), "gguf", tmp_path / "m.gguf")
+    fields = tokenizer.contents(convert.read_gguf(tmp_path / "m.gguf"))
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    assert tuple(fields[key] for name in names if (key := f"tokenizer.ggml.{name}") in fields) == ids(told)
+    assert convert.load(tmp_path / "m.gguf").ends == ids(told)
+
+
+def test_what_gguf_cannot_say_of_tokens_is_refused_by_name(tmp_path):
+    model = make(PLAIN, special={"eos_token": "<|end|>"})._replace(ends=(5, 6, 7))
+    with pytest.raises(ValueError, match="4 tokens that end a text: export the model with --to hf"):
+        export.export(model, "gguf", tmp_path / "m.gguf")
+    made = byte_level("gpt-2")
+    made.add_special_tokens([AddedToken(f"<{i}>", normalized=False) for i in range(made.get_vocab_size(), PLAIN.vocab)])
+    made.add_special_tokens([AddedToken("<pad>", normalized=False)])
+    with pytest.raises(ValueError, match="token '<pad>', which has no embedding: export the model with --to hf"):
+        export.export(make(PLAIN, made), "gguf", tmp_path / "m.gguf")
+    export.export(make(PLAIN, made), "hf", tmp_path / "out")
+    assert convert.load(tmp_path / "out").tokenizer.token_to_id("<pad>") == PLAIN.vocab
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])

@@ -12,7 +12,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_llama import CONFIGS, every_config, forward, make
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from caldera_jax import codebooks, linear, packing
 from caldera_jax.jobs import artifact, generate
@@ -344,6 +344,7 @@ def test_the_end_tokens_are_the_special_ones_of_a_known_name_and_the_one_that_th
     kept = Tokenizer.from_str(made.to_str())  # as a compressed model keeps it
     assert generate.end_tokens(model._replace(tokenizer=kept)) == {257, 258}
     assert generate.end_tokens(model._replace(tokenizer=byte_tokenizer())) == set()
+    assert generate.end_tokens(model._replace(special={"eos_token": "<stop>"}, ends=(7, 259))) == {7, 257, 258, 259}
 
 
 # ---- from the disk
@@ -379,6 +380,41 @@ def test_a_dense_model_runs_by_its_name_and_ends_at_its_end_token(tmp_path):
     end = convert.load(directory).tokenizer.id_to_token(whole[2])
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
     assert generate.run(directory, ["to"], sampling).tokens[0] == whole[:whole.index(whole[2])]
+
+
+def test_a_model_ends_at_every_token_that_its_configurations_name_and_keeps_them_when_it_is_compressed(tmp_path):
+    directory, sampling = tiny.write_model(tmp_path / "model"), Sampling(9, temperature=1.0, top_p=0.9)
+    whole = generate.run(directory, ["to"], sampling).tokens[0]
+    first, second = whole[6], whole[3]
+    assert whole.index(first) == 6 and whole.index(second) == 3
+    for ids, rest in (([first], 6), ([first, second], 3), (second, 3)):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert generate.run(directory, ["to"], sampling).tokens[0] == whole[:rest]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, second]}))
+    model = convert.load(directory)
+    (tmp_path / "kept").mkdir()
+    for i, block in enumerate(model.params["blocks"]):
+        files.write_arrays(tmp_path / "kept" / artifact.block_file(i), dict(block))
+    artifact.finish(tmp_path / "kept", model, {}, {"config": {}})
+    assert artifact.load(tmp_path / "kept").ends == model.ends == (first, second)
+    assert generate.run(tmp_path / "kept", ["to"], sampling).tokens[0] == whole[:3]
+
+
+def test_a_prompt_that_has_bos_gets_no_second_one(tmp_path):
+    made = byte_tokenizer("<|bos|>")
+    made.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 256)])
+    directory = tiny.write_model(tmp_path, dataclasses.replace(tiny.CONFIG, vocab=257))
+    made.save(str(directory / "tokenizer.json"))
+    with_it, without = (generate.run(directory, [text], Sampling(4)) for text in ("<|bos|>to", "to"))
+    assert with_it.prompt_tokens == without.prompt_tokens == 3 and with_it.tokens == without.tokens
+
+
+def test_a_token_without_an_embedding_loads_and_is_refused_in_a_prompt(tmp_path):
+    directory, made = tiny.write_model(tmp_path), byte_tokenizer("<pad>")
+    made.save(str(directory / "tokenizer.json"))
+    assert generate.run(directory, ["to"], Sampling(1)).prompt_tokens == 2
+    with pytest.raises(ValueError, match="the text holds '<pad>', token 256, .* tokens 0 to 255 alone: take it out"):
+        generate.run(directory, ["to", "to <pad>"], Sampling(1))
 
 
 @pytest.mark.parametrize(("prompts", "message"), [

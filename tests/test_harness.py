@@ -171,6 +171,33 @@ def test_greedy_takes_the_likeliest_token_of_the_whole_forward_pass_until_it_is_
     assert harness.greedy(CONFIG, lm.params, prompt, 5, lambda new: len(new) == 2) == new[:2]
 
 
+@pytest.mark.parametrize("ends", [(), (3,)])
+def test_a_text_ends_at_every_end_token_and_without_any_at_its_limit(exported, ends):
+    model = exported(False)._replace(special={}, ends=())
+    lm, request = CalderaLM(model), [Instance("generate_until", {}, ("the", {"until": ["no"], "max_gen_toks": 6}), 0)]
+    tokens = harness.greedy(CONFIG, lm.params, lm.tok_encode("the"), 6, lambda new: False)
+    assert lm.generate_until(request) == [model.tokenizer.decode(tokens)] and len(tokens) == 6
+    for end in ends:
+        other = CalderaLM(model._replace(ends=(0, tokens[end])))
+        assert other.ends >= {0, tokens[end]}
+        assert other.generate_until(request) == [model.tokenizer.decode(tokens[:tokens.index(tokens[end])])]
+
+
+def test_a_request_that_cannot_be_answered_is_refused_before_the_first_is(exported, monkeypatch):
+    monkeypatch.setattr(harness, "greedy", lambda *_: pytest.fail("generates"))
+    requests = [Instance("generate_until", {}, ("the", {"until": [], "max_gen_toks": count}), 0) for count in (4, 64)]
+    with pytest.raises(ValueError, match="up to 64 tokens"):
+        CalderaLM(exported(False)).generate_until(requests)
+
+
+def test_a_text_with_a_token_that_has_no_embedding_is_refused_by_name(exported):
+    model = exported(False)
+    beyond = Tokenizer.from_str(model.tokenizer.to_str())
+    beyond.add_special_tokens([f"<{i}>" for i in range(beyond.get_vocab_size(), CONFIG.vocab)] + ["<pad>"])
+    with pytest.raises(ValueError, match="the text holds '<pad>', token 302"):
+        CalderaLM(model._replace(tokenizer=beyond)).loglikelihood([Instance("loglikelihood", {}, ("the<pad>", "a"), 0)])
+
+
 # ---- the record
 
 

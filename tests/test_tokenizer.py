@@ -248,3 +248,78 @@ def test_a_missing_or_damaged_tokenizer_json_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a readable tokenizer file"):
         tokenizer.from_directory(tmp_path)
+
+
+# ---- what begins and ends a text
+
+
+def fields_of(pre, **more):
+    """Metadata of a byte-level tokenizer whose token SPECIAL is its BOS."""
+    original = byte_level(pre)
+    tokens = [original.id_to_token(i) for i in range(original.get_vocab_size())]
+    merges = [" ".join(pair) for pair in json.loads(original.to_str())["model"]["merges"]]
+    fields = {"model": "gpt2", "pre": pre, "tokens": tokens, "merges": merges, "bos_token_id": tokens.index(SPECIAL),
+              "token_type": [3 if token == SPECIAL else 1 for token in tokens]} | more
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+
+
+@pytest.mark.parametrize(("pre", "asked", "first"), [
+    ("llama-bpe", None, True), ("smollm", None, False), ("gpt-2", None, False), ("llama-bpe", False, False),
+    ("llama-bpe", True, True), ("gpt-2", True, True),
+])
+def test_bos_comes_first_for_llama_3_unless_the_file_says_otherwise(pre, asked, first):
+    fields = fields_of(pre, **({} if asked is None else {"add_bos_token": asked}))
+    rebuilt = tokenizer.from_fields(fields)
+    own, plain = fields["tokenizer.ggml.bos_token_id"], tokenizer.encode(rebuilt, "the fox").tolist()
+    assert rebuilt.encode("the fox").ids == [own] * first + plain and own not in plain
+    for role in ("", SPECIAL):  # one BOS, whether the text brings it or not
+        assert tokenizer.prompt(rebuilt, f"{role}the fox") == [own] * (first or bool(role)) + plain
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"bos_token_id": 2**32 - 1}, "bos_token_id is 4294967295, and the model's tokens are 0 to 3"),
+    ({"eos_token_id": 10**4}, "eos_token_id is 10000"), ({"padding_token_id": -1}, "padding_token_id is -1"),
+    ({"eot_token_id": 10**4}, "eot_token_id is 10000"), ({"eom_token_id": "a"}, "eom_token_id is 'a'"),
+    ({"add_eos_token": True}, "add_eos_token is true, and there is no tokenizer.ggml.eos_token_id"),
+])
+def test_a_special_token_that_a_gguf_file_does_not_have_is_refused_by_its_field(more, message):
+    with pytest.raises(ValueError, match=message):
+        (tokenizer.from_fields(fields_of("gpt-2", **more)), tokenizer.ends_from_fields(fields_of("gpt-2", **more)))
+
+
+def test_a_prompt_is_not_followed_by_what_ends_a_text():
+    made = byte_level("gpt-2")
+    end = (SPECIAL, made.token_to_id(SPECIAL))
+    made.post_processor = processors.TemplateProcessing(single=f"$A {SPECIAL}", special_tokens=[end])
+    assert made.encode("the fox").ids[-1] == end[1]
+    assert tokenizer.prompt(made, "the fox") == tokenizer.encode(made, "the fox").tolist()
+
+
+@pytest.mark.parametrize(("generation", "config", "expected"), [
+    ({"eos_token_id": [72, 5]}, {"eos_token_id": 5}, (72, 5)), ({"eos_token_id": None}, {"eos_token_id": 7}, (7,)),
+    ({}, {}, ()), (None, {"eos_token_id": [7, 8]}, (7, 8)), ({"eos_token_id": 0}, {}, (0,)),
+])
+def test_the_end_tokens_of_a_directory_are_those_of_both_its_configurations(tmp_path, generation, config, expected):
+    for name, raw in (("generation_config.json", generation), ("config.json", config)):
+        if raw is not None:
+            (tmp_path / name).write_text(json.dumps(raw))
+    assert tokenizer.ends_from_directory(tmp_path, 100) == expected
+
+
+@pytest.mark.parametrize("wrong", [100, -1, "2", [5, 100], [[5]], True, 2.0])
+def test_an_end_token_that_is_none_of_the_models_is_refused_by_its_file(tmp_path, wrong):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is .* tokens are 0 to 99"):
+        tokenizer.ends_from_directory(tmp_path, 100)
+
+
+def test_dropout_of_a_tokenizer_json_is_off(tmp_path):
+    """It is drawn anew for each text: no two encodings, and so no two runs, would be alike."""
+    made = byte_level("gpt-2")
+    plain = tokenizer.encode(made, CORPUS[0])
+    made.model.dropout = 0.5
+    made.save(str(tmp_path / "tokenizer.json"))
+    loaded = tokenizer.from_directory(tmp_path)
+    assert json.loads(loaded.to_str())["model"]["dropout"] is None
+    for _ in range(8):
+        np.testing.assert_array_equal(tokenizer.encode(loaded, CORPUS[0]), plain)

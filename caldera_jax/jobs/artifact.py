@@ -227,7 +227,7 @@ class Origin(TypedDict):
 
 
 class Manifest(TypedDict):
-    """The manifest; the first ones had no special tokens and no digest."""
+    """The manifest; the first ones had no special tokens, no ends and no digest."""
 
     format: int
     run: Origin
@@ -236,6 +236,7 @@ class Manifest(TypedDict):
     layers: dict[str, Meta]
     files: dict[str, str]
     special: NotRequired[dict[str, str]]
+    ends: NotRequired[list[int]]
     sha256: NotRequired[str]
 
 
@@ -352,7 +353,7 @@ def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run
     files.write(directory / TOKENIZER, model.tokenizer.to_str().encode())
     names = [block_file(i) for i in range(model.config.layers)] + [REST, TOKENIZER]
     manifest = {"format": FORMAT, "model": model.name, "model_config": dataclasses.asdict(model.config),
-                "special": model.special, "run": run, "layers": layers,
+                "special": model.special, "ends": list(model.ends), "run": run, "layers": layers,
                 "files": {name: files.sha256(directory / name) for name in names}}
     files.write_json(directory / MANIFEST, manifest | {"sha256": digest(manifest)})
 
@@ -408,7 +409,7 @@ def load(directory: str | Path) -> Model:
     layers = manifest["layers"]
     params["blocks"] = [_block(directory / block_file(i), layers, i, config) for i in range(config.layers)]
     return Model(config, params, tokenizer.from_directory(directory), manifest["model"],
-                 manifest.get("special", {}))  # format 1 did not keep them
+                 manifest.get("special", {}), tuple(manifest.get("ends", ())))  # the first ones did not keep them
 
 
 def _config(raw: dict[str, Any], at: str) -> LlamaConfig:

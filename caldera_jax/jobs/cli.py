@@ -37,7 +37,7 @@ from caldera_jax.jobs.presets import PRESETS, TRAININGS
 from caldera_jax.jobs.report import config_hash
 from caldera_jax.jobs.settings import recorded, weights
 from caldera_jax.levels import LevelConfig
-from caldera_jax.models import convert, data, files
+from caldera_jax.models import convert, data, files, tokenizer
 from caldera_jax.models.convert import Model as Loaded
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -102,7 +102,8 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
                         damping=algorithm.damping) if free else None
     estimate = {name: getattr(one_level, f"importance_{name}") for name in ("windows", "floor", "shrinkage")}
     config = override(
-        base, model=model, activations=texts.activations, blocks=blocks, seed=seed, hessians=texts.hessians,
+        base, model=model, bos=texts.bos, activations=texts.activations, blocks=blocks, seed=seed,
+        hessians=texts.hessians,
         caldera=override(base.caldera, rank=None if free else rank, q_bits=q_bits, factor_bits=factors,
                          **vars(algorithm)),
         bits=bits if megabytes is None else 1.0,  # until weights are counted
@@ -164,7 +165,7 @@ def table(r: dict[str, Any]) -> str:
     """The report of a run for people."""
     lines = [f"{r['model']}: {len(r['layers'])} linear layers, {r['compressed_weights'] / 1e6:.1f} million weights",
              f"  perplexity        base {r['base_perplexity']:.3f}   compressed {r['compressed_perplexity']:.3f}   "
-             f"({r['evaluated_tokens']} tokens)",
+             f"({r['evaluated_tokens']} tokens{', behind BOS' if r['config'].get('bos') else ''})",
              f"  bits per weight   {r['bits_per_weight']:.4f}   (compressed linear layers, everything stored)",
              f"  size              layers {r['stored_bytes'] / 1e6:.1f} MB; model {r['model_bytes'] / 1e6:.1f} MB, the "
              f"embedding being dense; on disk {r['disk_bytes'] / 1e6:.1f} MB",
@@ -304,13 +305,14 @@ def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
     if to == "gguf" and convert.windowed(model.config):
         convert.note(f"{out}: each token sees the last {model.config.sliding_window} only, which is in the file and "
                      "which other programs ignore in one of this architecture: longer texts differ")
-    if "eos_token" not in model.special:
+    if not tokenizer.end_ids(model.tokenizer, model.special, model.ends):
         print("no token is known to end a text: programs that generate with it must be told one")
 
 
 def evaluate_(directory: Directory, text: str | None = None, windows: int | None = None, window: int | None = None,
-              context: int | None = None, stride: int | None = None, base: bool = False, tasks: str | None = None,
-              task_files: Path | None = None, limit: int | None = None, workers: Workers = Workers()) -> None:
+              context: int | None = None, stride: int | None = None, bos: Switch = None, base: bool = False,
+              tasks: str | None = None, task_files: Path | None = None, limit: int | None = None,
+              workers: Workers = Workers()) -> None:
     """Perplexity of a compressed model, from disk, on the text its run was evaluated on or on another one; or tasks by
     lm_eval, written to a DIRECTORY/tasks_….json for these tasks and settings.
 
@@ -325,6 +327,8 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         stride: tokens from one context to the next; by default the context: no overlap, and the first token of each
             context is not scored. Below that every token but the text's first is scored once, with at least
             context - stride before it, where there are so many.
+        bos: begin each window and context with the model's BOS, in place of its last token; every token of the text is
+            then scored. By default as the run was evaluated.
         base: the base model, too: its perplexity, D_KL(base || compressed) a token and how often both find the same
             token likeliest; with --tasks, its answers.
         tasks: names or patterns of lm_eval's tasks, joined by commas, e.g. winogrande,piqa, in place of the perplexity;
@@ -334,8 +338,9 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         workers: who does the work.
     """
     if tasks is not None:
-        if any(given is not None for given in (text, windows, window, stride)):
-            raise ValueError("--text, --windows, --window and --stride are for perplexity: leave them out, or --tasks")
+        if any(given is not None for given in (text, windows, window, stride, bos)):
+            raise ValueError("--text, --windows, --window, --stride and --bos are for perplexity: leave them out, or "
+                             "--tasks")
         return run_tasks(directory, tasks, task_files, limit, context, base)
     if task_files is not None or limit is not None:
         raise ValueError("--task-files and --limit are for tasks: name them with --tasks")
@@ -345,12 +350,14 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
     ours, theirs = config.calibration, config.evaluation
     chosen = override(theirs, text=text, windows=windows, window=window)
     model = artifact.load(directory)
-    tokens = data.windows_beside(model.tokenizer, chosen, ours.text, "evaluation")
+    bos = config.bos if bos is None else bos
+    tokens = data.windows_beside(model, chosen, ours.text, "evaluation", bos)
     context = chosen.window if context is None else context
-    stride = context if stride is None else stride
+    stride = context - bos if stride is None else stride
     if context > model.config.context:
         raise ValueError(f"a context of {context} tokens exceeds the model's, {model.config.context}: shorten it")
-    views, scored = evaluate.sliding_windows(tokens.reshape(-1), context, stride)
+    views, scored = evaluate.sliding_windows(tokens[:, int(bos):].reshape(-1), context, stride,
+                                             int(tokens[0, 0]) if bos else None)
     lines = []
     if base:
         _, _, dense, model = explain.opened(directory)
@@ -364,7 +371,8 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         value = evaluate.perplexity(model.config, model.params, views, title="perplexity", scored=scored)
     if spread.rank() == 0:
         print(f"{directory}: perplexity {value:.4f} on {len(tokens)} windows of {chosen.window} tokens of "
-              f"{chosen.text}: context {context}, stride {stride}, {scored.sum()} tokens scored")
+              f"{chosen.text}{', BOS first' if bos else ''}: context {context}, stride {stride}, {scored.sum()} tokens "
+              "scored")
         print(*lines, sep="\n", end="\n" if lines else "")
 
 

@@ -229,8 +229,8 @@ def texts(config: RunConfig, model: Model) -> tuple[np.ndarray, np.ndarray]:
     longest = max(ours.window, theirs.window)
     if longest > model.config.context:
         raise ValueError(f"windows of {longest} tokens exceed the model's context {model.config.context}: shorten them")
-    return (data.windows_beside(model.tokenizer, ours, theirs.text, "calibration"),
-            data.windows_beside(model.tokenizer, theirs, ours.text, "evaluation"))
+    return (data.windows_beside(model, ours, theirs.text, "calibration", config.bos),
+            data.windows_beside(model, theirs, ours.text, "evaluation", config.bos))
 
 
 def check(config: RunConfig, model: Model) -> None:

@@ -31,8 +31,8 @@ def perplexity(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w 
     """exp of the mean negative log-likelihood of tokens 2 … s of each window, given the tokens before them in it.
 
     Of ``data.token_windows``, which do not overlap, these are w (s − 1) predictions; of ``sliding_windows`` pass
-    ``scored``, too.  No BOS is added.  Block by block, so that one block's weights are on a device at a time; of
-    several processes each takes its own shards of the windows, and all must call this.
+    ``scored``, too.  No BOS is added to the windows.  Block by block, so that one block's weights are on a device at a
+    time; of several processes each takes its own shards of the windows, and all must call this.
     Raises ValueError for windows of fewer than two tokens, or a loss that is not finite.
     """
     losses = token_losses(config, params, windows, batch, title).astype(np.float64)
@@ -40,23 +40,30 @@ def perplexity(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "w 
     return float(np.exp(losses.sum() / losses.size))
 
 
-def sliding_windows(tokens: Int[np.ndarray, " n"], context: int,
-                    stride: int) -> tuple[Int[np.ndarray, "w s"], Bool[np.ndarray, "w t"]]:
+def sliding_windows(tokens: Int[np.ndarray, " n"], context: int, stride: int,
+                    bos: int | None = None) -> tuple[Int[np.ndarray, "w s"], Bool[np.ndarray, "w t"]]:
     """Windows of s = ``context`` tokens, each ``stride`` behind the one before, and which of tokens 2 … s each scores.
 
     The first scores all of them, each later one what the one before has not seen: of n tokens every one but the first
     is scored once, with at least min(context − stride, those there are) before it.  With stride = context windows do
     not overlap, and the first token of none is scored.  The last window is moved back to end with the text.  Costs
     n / stride windows, so context / stride times as much as without overlap.
+    With ``bos`` each window is that token and context − 1 of the text, and all n are scored: a stride is at most
+    context − 1.
     Raises ValueError where the tokens do not fill one window, or the stride is not from 1 to the context.
     """
-    if not 2 <= context <= len(tokens):
-        raise ValueError(f"a context of {context} tokens: give at least 2, and at most the {len(tokens)} of the text")
-    if not 1 <= stride <= context:
-        raise ValueError(f"a stride of {stride} tokens: give 1 to the context, {context}, or tokens would be left out")
-    starts = np.append(np.arange(0, len(tokens) - context, stride), len(tokens) - context)
-    seen = np.append(0, starts[:-1] + context)  # by the windows before
-    positions = starts[:, None] + np.arange(context)[None]
+    held = context - (bos is not None)  # of the text
+    if not 2 <= context <= len(tokens) + context - held:
+        raise ValueError(f"a context of {context} tokens: give at least 2, and at most the {len(tokens)} of the text"
+                         + (" and BOS" if bos is not None else ""))
+    if not 1 <= stride <= held:
+        raise ValueError(f"a stride of {stride} tokens: give 1 to the context, {held}"
+                         + (" beside BOS" if bos is not None else "") + ", or tokens would be left out")
+    starts = np.append(np.arange(0, len(tokens) - held, stride), len(tokens) - held)
+    seen = np.append(0, starts[:-1] + held)  # by the windows before
+    positions = starts[:, None] + np.arange(held)[None]
+    if bos is not None:
+        return np.insert(tokens[positions], 0, bos, axis=1), positions >= seen[:, None]
     return tokens[positions], positions[:, 1:] >= seen[:, None]
 
 

@@ -193,7 +193,7 @@ def _hessians(config: RunConfig, run: dict[str, Any], model: Model, chosen: int,
 def _tokens(config: RunConfig, run: dict[str, Any], model: Model) -> np.ndarray:
     """The windows that the run was calibrated on."""
     ours = config.calibration
-    tokens = data.windows_beside(model.tokenizer, ours, config.evaluation.text, "calibration")
+    tokens = data.windows_beside(model, ours, config.evaluation.text, "calibration", config.bos)
     if files.sha256(tokens) != run["calibration_sha256"]:
         raise ValueError(f"the calibration text {ours.text!r} has changed since the run: put the old one back, or give "
                          "--moments the directory of the run's Moments")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from caldera_jax import linear
-from caldera_jax.models import convert, tokenizer, weights
+from caldera_jax.models import convert, files, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import Params
 from caldera_jax.models.weights import Block
@@ -46,12 +46,14 @@ def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> No
         if to == "gguf":
             convert.save_gguf(place, model._replace(params=params))
         else:
-            ids = {f"{role}_id": model.tokenizer.token_to_id(model.special[role]) if role in model.special else None
-                   for role in ("bos_token", "eos_token")}  # None, or transformers assumes Llama 2's
+            ends = tokenizer.end_ids(model.tokenizer, model.special, model.ends)
+            ids = {"bos_token_id": model.tokenizer.token_to_id(model.special.get("bos_token", "")),
+                   "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}  # None: not Llama 2's
             special = {role: text for role, text in model.special.items()
                        if role == "chat_template" or model.tokenizer.token_to_id(text) is not None}
             convert.save_hf(place, model.config, params, more={**ids, "dtype": dtype, "torch_dtype": dtype})
             tokenizer.to_directory(place, model.tokenizer, special, model.config.context)
+            files.write_json(place / "generation_config.json", ids)
 
 
 def dense(params: Params, dtype) -> Params:

@@ -116,7 +116,7 @@ def read_text(directory: Path) -> TextFacts:
     """
     run, config, base, compressed = explain.opened(directory)
     theirs = config.evaluation
-    tokens = data.windows_beside(base.tokenizer, theirs, config.calibration.text, "evaluation")
+    tokens = data.windows_beside(base, theirs, config.calibration.text, "evaluation", config.bos)
     if files.sha256(tokens) != run["evaluation_sha256"]:
         raise ValueError(f"the evaluation text {theirs.text!r} has changed since the run: put the old one back")
     windows = tokens[:WINDOWS]

@@ -6,7 +6,7 @@ to a directory.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ class FinetuneConfig:
     """A training of a compressed model on a text.
 
     source: its directory.  text: windows of a built-in text, a file or a directory, of which the last ``aside`` are for
-    validation; where it is the text that the model is evaluated on, from the part that is not.  With goal "labels" a
-    file of JSON lines {"text": …, "label": …}, of which all are taken that fit the window.
+    validation, each behind BOS if those of the source's run were; where it is the text that the model is evaluated on,
+    from the part that is not.  With goal "labels" a file of JSON lines {"text": …, "label": …}, of which all are taken
+    that fit the window.
     """
 
     source: str
@@ -96,7 +97,8 @@ def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Bat
         raise ValueError(f"windows of {text.window} tokens exceed the model's context {model.config.context}: shorten "
                          "them")
     if config.train.goal == "labels":
-        batch, classes = labelled(model, Path(text.text), text.window)
+        first = [tokenizer.bos(model.tokenizer, model.special)] if run.get("bos") else []
+        batch, classes = labelled(model, Path(text.text), text.window, first)
         if len(batch.tokens) <= config.aside:
             raise ValueError(f"{text.text}: {len(batch.tokens)} lines, and the last {config.aside} are for validation: "
                              "give more, or put fewer aside")
@@ -111,11 +113,12 @@ def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Bat
            for name in data.named(text.text)):
         raise ValueError(f"the model is evaluated on all of {theirs}, as it was calibrated on another text: train on "
                          "another one")
-    return Batch(data.windows_beside(model.tokenizer, text, run["evaluation"]["text"], "calibration")), []
+    return Batch(data.windows_beside(model, text, run["evaluation"]["text"], "calibration", run.get("bos", False))), []
 
 
-def labelled(model: Model, path: Path, window: int) -> tuple[Batch, list[str]]:
-    """The lines {"text": …, "label": …} of a file: their tokens, padded with zeros, and the number of their class.
+def labelled(model: Model, path: Path, window: int, first: Sequence[int] = ()) -> tuple[Batch, list[str]]:
+    """The lines {"text": …, "label": …} of a file: their tokens, behind ``first``, padded with zeros, and the number of
+    their class.
 
     Raises ValueError for a line that is not of this kind, or longer than the window, and for fewer than two classes.
     """
@@ -125,10 +128,13 @@ def labelled(model: Model, path: Path, window: int) -> tuple[Batch, list[str]]:
         texts, labels = [str(row["text"]) for row in rows.values()], [str(row["label"]) for row in rows.values()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: not a file of JSON lines {{"text": …, "label": …}} ({error})') from error
-    tokens, classes = [tokenizer.encode(model.tokenizer, text) for text in texts], sorted(set(labels))
+    classes = sorted(set(labels))
+    tokens = [np.append(np.int32(first), tokenizer.encode(model.tokenizer, text)) for text in texts]
+    for ids in tokens:
+        tokenizer.check(model.tokenizer, ids, model.config.vocab)
     if len(classes) < 2:
         raise ValueError(f"{path}: {len(classes)} classes; two at least are needed")
-    if bad := [(i, len(ids)) for i, ids in zip(rows, tokens, strict=True) if not 0 < len(ids) <= window]:
+    if bad := [(i, len(ids)) for i, ids in zip(rows, tokens, strict=True) if not len(first) < len(ids) <= window]:
         raise ValueError(f"{path}: line {bad[0][0]} has {bad[0][1]} tokens, and a window holds 1 to {window}: widen "
                          "it, or shorten the line")
     padded = np.stack([np.pad(ids, (0, window - len(ids))) for ids in tokens])
@@ -147,7 +153,7 @@ def last_streams(model: Model, tokens: Int[np.ndarray, "w s"]) -> Float[np.ndarr
 def held_out(model: Model, run: dict[str, Any]) -> Int[np.ndarray, "w s"]:
     """The windows that the run was evaluated on."""
     theirs = Tokens(**{name: run["evaluation"][name] for name in ("text", "windows", "window")})
-    return data.windows_beside(model.tokenizer, theirs, run["calibration"]["text"], "evaluation")
+    return data.windows_beside(model, theirs, run["calibration"]["text"], "evaluation", run.get("bos", False))
 
 
 def _kept(run: Run, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:

@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 
 from caldera_jax import linear
 from caldera_jax.jobs import artifact, report
-from caldera_jax.models import convert, llama, weights
+from caldera_jax.models import convert, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LINEARS, LlamaConfig, Params
 
 # What the special token at the end of a text or of a turn is called in the families that ``llama`` computes: a model
-# may have several, and its files name one of them at most.
+# may have several, and its files do not always name all of them.
 ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 ROUND = 32  # prompts and caches are as long as a multiple of this: few shapes, so few compilations
 
@@ -185,10 +185,10 @@ def _next(config, last, x, at, key, step, temperature, top_p):
 
 
 def end_tokens(model: Model) -> set[int]:
-    """Ids of the tokens that end a text: the one that the model's files name so, and its special tokens in ``ENDS``."""
+    """Ids of the tokens that end a text: those that the model's files name so, and its special tokens in ``ENDS``."""
     added = model.tokenizer.get_added_tokens_decoder().items()
-    named = model.tokenizer.token_to_id(model.special.get("eos_token", ""))
-    return {id for id, token in added if token.special and token.content in ENDS} | {named} - {None}
+    named = tokenizer.end_ids(model.tokenizer, model.special, model.ends)
+    return {id for id, token in added if token.special and token.content in ENDS} | set(named)
 
 
 class Text:
@@ -265,7 +265,7 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
         show: Callable[[int, str], None] = lambda row, text: None) -> Result:
     """Continue the prompts with a model from the disk, and measure it; ``show(row, text)`` is called as text comes.
 
-    The prompts are tokenized as the model's tokenizer asks (with a first token where it adds one).  ``dense``: the
+    A prompt begins with the token that the model's tokenizer puts first, once (``tokenizer.prompt``).  ``dense``: the
     packed weights are put together first.  Memory is that of this process: measure one model a process.
     Raises ValueError for empty prompts, as ``stream``, and as ``load``.
     """
@@ -277,7 +277,9 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
         model = load(source)
         model = model._replace(params=place(model.params, dense))  # what was read from the disk goes
         config, params = model.config, model.params
-        ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
+        ids = [tokenizer.prompt(model.tokenizer, prompt) for prompt in prompts]
+        for row in ids:
+            tokenizer.check(model.tokenizer, row, config.vocab)
         steps = stream(config, params, ids, sampling, end_tokens(model))
     texts, tokens, said = [Text(model.tokenizer, row) for row in ids], [[] for _ in ids], [""] * len(ids)
 

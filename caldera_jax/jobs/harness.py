@@ -3,7 +3,7 @@
 import difflib
 import importlib.metadata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from caldera_jax.jobs import calibration, generate, report
-from caldera_jax.models import llama, weights
+from caldera_jax.models import llama, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LlamaConfig, Params
 
@@ -114,9 +114,11 @@ class CalderaLM(TemplateLM):
     an empty context, and a rolling log-likelihood, begin with BOS, or EOS where there is no BOS; rolling windows
     overlap by one token; whatever the tokenizer adds by itself is left.  Sums are of float32 log-probabilities.
     Differs in: 1. generation is greedy only; 2. it stops at the first stop sequence in each text, where HFLM goes on
-    until all texts of a batch have one, so that what stands behind a special token may differ.
+    until all texts of a batch have one, so that what stands behind a special token may differ; 3. every token of
+    ``generate.end_tokens`` ends it, and none is part of it, where HFLM cuts at the tokenizer's eos_token alone.
     Raises ValueError where a task needs BOS or EOS and the model's files name none, where one samples or generates more
-    than the context holds, and for a continuation that does not fit the context.  Works in this process, on one device.
+    than the context holds, for a continuation that does not fit the context, and for a text with a token that has no
+    embedding.  Works in this process, on one device.
     """
 
     def __init__(self, model: Model, context: int | None = None):
@@ -126,29 +128,31 @@ class CalderaLM(TemplateLM):
         self.config, self.encoding = model.config, model.tokenizer
         self.special = {role: text for role, text in model.special.items()
                         if model.tokenizer.token_to_id(text) is not None}
+        self.named = tokenizer.end_ids(model.tokenizer, model.special, model.ends)
+        self.ends = generate.end_tokens(model)
         self.params = jax.device_put(weights.whole(model.params))
         self.max_length = context or model.config.context
 
     @property
     def eot_token_id(self) -> int:
-        return self._id("eos_token")
+        if not self.named:
+            raise ValueError("the tasks need a token that begins or ends a text, and the model's files name no "
+                             "eos_token of its vocabulary: name it in the tokenizer_config.json of the dense model, "
+                             "and compress that again")
+        return self.named[0]
 
     @property
     def prefix_token_id(self) -> int:
-        return self._id("bos_token" if "bos_token" in self.special else "eos_token")
-
-    def _id(self, role: str) -> int:
-        if role not in self.special:
-            raise ValueError(f"the tasks need a token that begins or ends a text, and the model's files name no {role} "
-                             "of its vocabulary: name it in the tokenizer_config.json of the dense model, and compress "
-                             "that again")
-        return self.encoding.token_to_id(self.special[role])
+        bos = self.special.get("bos_token")
+        return self.eot_token_id if bos is None else self.encoding.token_to_id(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if add_special_tokens is None:  # a text that begins with BOS gets no second one
             prefix = self.special.get("bos_token", self.special.get("eos_token"))
             add_special_tokens = prefix is None or not string.startswith(prefix)
-        return self.encoding.encode(string, add_special_tokens=add_special_tokens).ids
+        ids = self.encoding.encode(string, add_special_tokens=add_special_tokens).ids
+        tokenizer.check(self.encoding, ids, self.config.vocab)
+        return ids
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         rows = []
@@ -172,9 +176,11 @@ class CalderaLM(TemplateLM):
         return [sum((next(found)[0] for _ in text), 0.0) for text in windows]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        return [self._generate(*request.args) for request in tqdm(requests, "generate", disable=disable_tqdm)]
+        asked = [self._asked(*request.args) for request in requests]  # before the first takes its time
+        return [self._generate(*one) for one in tqdm(asked, "generate", disable=disable_tqdm)]
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _asked(self, context: str, options: dict[str, Any]) -> tuple[list[int], int, list[str]]:
+        """Prompt, most tokens, stop sequences."""
         options = normalize_gen_kwargs(options)
         count, until = options["max_gen_toks"], options["until"]
         if options["do_sample"]:
@@ -184,13 +190,15 @@ class CalderaLM(TemplateLM):
             raise ValueError(f"a task generates up to {count} tokens, and the context holds {self.max_length} with the "
                              "prompt: set a smaller max_gen_toks in its generation_kwargs")
         prompt = self.tok_encode(context)[count - self.max_length:] or [self.prefix_token_id]
+        return prompt, count, list(filter(None, until))
 
+    def _generate(self, prompt: list[int], count: int, until: list[str]) -> str:
         def stopped(new):
             text = self.encoding.decode(new, skip_special_tokens=False)
-            return new[-1] == self.eot_token_id or any(stop in text for stop in until if stop)
+            return any(stop in text for stop in until)
 
-        text = self.encoding.decode(greedy(self.config, self.params, prompt, count, stopped))
-        for stop in filter(None, until):
+        text = self.encoding.decode(greedy(self.config, self.params, prompt, count, stopped, self.ends))
+        for stop in until:
             text = text.split(stop)[0]
         return text
 
@@ -236,10 +244,11 @@ def batches(rows: Sequence[Sequence[int]], longest: int) -> Iterator[tuple[list[
 
 
 def greedy(config: LlamaConfig, params: Params, prompt: Sequence[int], count: int,
-           stopped: Callable[[list[int]], bool]) -> list[int]:
-    """Up to ``count`` likeliest tokens behind the prompt, one by one, until ``stopped(those so far)``."""
+           stopped: Callable[[list[int]], bool], ends: Collection[int] = ()) -> list[int]:
+    """Up to ``count`` likeliest tokens behind the prompt, one by one, until ``stopped(those so far)`` or before one of
+    ``ends``."""
     new: list[int] = []
-    for step in generate.stream(config, params, [prompt], generate.Sampling(count)):
+    for step in generate.stream(config, params, [prompt], generate.Sampling(count), ends):
         new.append(int(step[0]))
         if stopped(new):
             break

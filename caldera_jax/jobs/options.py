@@ -59,6 +59,8 @@ class Texts:
     """windows of evaluation text."""
     evaluation_window: Int = None
     """tokens a window."""
+    bos: Switch = None
+    """begin each window, of calibration and of evaluation, with the model's BOS, in place of its last token."""
     activations: Annotated[Literal["dense", "compressed"] | None,
                            arg(metavar="{dense,compressed}", help_behavior_hint="")] = None
     """calibrate on the dense model, or on the one whose earlier blocks are compressed already."""

@@ -41,6 +41,7 @@ class Importance:
 class RunConfig:
     """All that decides the result of a run.
 
+    bos: windows of calibration and evaluation begin with the model's BOS, which takes the place of their last token.
     hessians: a directory of Hessians as the authors released them, instead of calibrating.
     blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
     in the paper, or on the model whose earlier blocks are compressed already.
@@ -67,6 +68,7 @@ class RunConfig:
     level: LevelConfig | None = None
     c: float | None = None
     importance: Importance = Importance()
+    bos: bool = False
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):

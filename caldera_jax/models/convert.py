@@ -14,19 +14,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, RopeScalingType
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from caldera_jax.models import data, files, llama, tokenizer
 from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, Params
-from caldera_jax.models.weights import Tensor, assemble
+from caldera_jax.models.weights import Model, Tensor, assemble
 
 # What the architectures' own configuration classes assume where config.json is silent.
 _DEFAULTS = {
@@ -58,19 +57,6 @@ _GGUF |= {name: f"blk.{{}}.ffn_{name}.weight" for name in ("gate", "up", "down")
 _GGUF |= {name: f"blk.{{}}.{name}.weight" for name in ("attn_norm", "ffn_norm")}
 
 
-class Model(NamedTuple):
-    """A model on the host; its ``params["blocks"]`` is a list of ``weights.Block``.
-
-    special: which tokens begin and end a text, and the chat template, as far as they are known (``models.tokenizer``).
-    """
-
-    config: LlamaConfig
-    params: Params
-    tokenizer: Tokenizer
-    name: str
-    special: dict[str, str] = {}
-
-
 def load(name_or_path: str | Path) -> Model:
     """A model by built-in name, GGUF file, Hugging Face directory or hub id (``org/name``); ValueError otherwise."""
     name = str(name_or_path)
@@ -79,21 +65,28 @@ def load(name_or_path: str | Path) -> Model:
         path = _from_hub(name)
     if path.is_file() and path.suffix == ".gguf":
         reader = read_gguf(path)
-        special = tokenizer.special_from_fields(tokenizer.contents(reader))
-        model = Model(*from_gguf(reader), tokenizer.from_gguf(reader), name, special)
+        fields = tokenizer.contents(reader)
+        special, ends = tokenizer.special_from_fields(fields), tokenizer.ends_from_fields(fields)
+        model = Model(*from_gguf(reader), tokenizer.from_gguf(reader), name, special, ends)
         called = str(tokenizer.field(reader, "general.name", "")).lower()
         if model.config.sliding_window is None and "mistral" in called:
             note(f"{name}: the file names no sliding window, so each token sees all before it; the same model's "
                  "config.json may have one (Mistral 7B v0.1: 4096 tokens), and then the two differ")
     elif path.is_dir():
         model = Model(*from_hf(path), tokenizer.from_directory(path), name, tokenizer.special_from_directory(path))
+        model = model._replace(ends=tokenizer.ends_from_directory(path, model.config.vocab))
     else:
         raise ValueError(
             f"unknown model {name!r}. Accepted: {', '.join(data.MODELS)} (built in), a .gguf file, a directory with "
             "config.json, *.safetensors and tokenizer.json, or a hub id org/name"
         )
-    if (tokens := model.tokenizer.get_vocab_size()) > model.config.vocab:
-        raise ValueError(f"{name}: the tokenizer has {tokens} tokens, the model only {model.config.vocab} embeddings")
+    added = {token.content for token in model.tokenizer.get_added_tokens_decoder().values()}
+    if beyond := {token: id for token, id in model.tokenizer.get_vocab().items()
+                  if id >= model.config.vocab and token not in added}:  # a text with an added one is refused by itself
+        token = min(beyond, key=beyond.__getitem__)
+        raise ValueError(f"{name}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the model only "
+                         f"{model.config.vocab} embeddings, none for token {beyond[token]}, {token!r}: put the model's "
+                         "own tokenizer there")
     if windowed(model.config):
         note(f"{name}: each token sees the last {model.config.sliding_window} only (sliding_window), which other "
              "programs ignore in a GGUF file of this architecture")
@@ -476,7 +469,8 @@ def save_gguf(path: str | Path, model: Model) -> None:
         raise ValueError("GGUF's architecture 'llama' has no biases of q, k and v, and Qwen2's is not written here: "
                          "export the model with --to hf")
     factors = _factors_from_llama3(config) if isinstance(config.rope_scaling, Llama3RopeScaling) else None
-    writer, table = GGUFWriter(path, "llama"), tokenizer.to_gguf(model.tokenizer, model.special, config.vocab)
+    writer, table = GGUFWriter(path, "llama"), tokenizer.to_gguf(
+        model.tokenizer, model.special, config.vocab, model.ends)
     half = params["embed"].dtype == np.float16
     writer.add_type("model")
     writer.add_name(Path(model.name).name)

@@ -31,6 +31,7 @@ from jaxtyping import Int32
 from tokenizers import Tokenizer
 
 from caldera_jax.models import tokenizer as tokenizers
+from caldera_jax.models.weights import Model
 
 SEPARATOR = "\n\n\n"  # between documents, before they are tokenized
 
@@ -126,15 +127,21 @@ def split(documents: Sequence[str], evaluation_fraction: float = 0.25) -> tuple[
 
 
 def token_windows(
-    tokenizer: Tokenizer, documents: Sequence[str], window: int, count: int, what: str = "calibration"
+    tokenizer: Tokenizer, documents: Sequence[str], window: int, count: int, what: str = "calibration",
+    bos: int | None = None
 ) -> Int32[np.ndarray, "count window"]:
     """The first ``count`` consecutive windows of the joined documents' tokens; none added, none shared.
 
+    With ``bos`` a window is that token and ``window`` - 1 of the text.
     Only as much text is tokenized as needed, so asking for more windows leaves the first ones as they are.
     Raises ValueError when the text is too short, saying what it holds and what is needed.
     """
     if window < 1 or count < 1:
         raise ValueError(f"{what} needs positive window and count, got window {window}, count {count}")
+    if bos is not None:
+        if window < 2:
+            raise ValueError(f"{what} windows of {window} token have no room for text behind BOS: give 2 or more")
+        return np.insert(token_windows(tokenizer, documents, window - 1, count, what), 0, bos, axis=1)
     text, needed, size = SEPARATOR.join(documents), window * count, 4 * window * count
     while True:
         tokens = tokenizers.encode(tokenizer, text[:size])
@@ -155,11 +162,17 @@ def same_text(one: str, other: str) -> bool:
     return one == other or (one not in TEXTS and other not in TEXTS and place(one) == place(other))
 
 
-def windows_beside(tokenizer: Tokenizer, text: Tokens, other: str,
-                   part: Literal["calibration", "evaluation"]) -> Int32[np.ndarray, "count window"]:
-    """Windows of a text, or of each of several, one text after the other; raises as ``token_windows``."""
-    return np.concatenate([token_windows(tokenizer, documents, text.window, text.windows, part)
-                           for documents in documents_beside(text.text, other, part).values()])
+def windows_beside(model: Model, text: Tokens, other: str, part: Literal["calibration", "evaluation"],
+                   bos: bool = False) -> Int32[np.ndarray, "count window"]:
+    """Windows of a text, or of each of several, one text after the other; ``bos``: the model's BOS first in each.
+
+    Raises as ``token_windows``, and for a token that the model has no embedding for, BOS among them.
+    """
+    first = tokenizers.bos(model.tokenizer, model.special) if bos else None
+    found = np.concatenate([token_windows(model.tokenizer, documents, text.window, text.windows, part, first)
+                            for documents in documents_beside(text.text, other, part).values()])
+    tokenizers.check(model.tokenizer, found, model.config.vocab)
+    return found
 
 
 def documents_beside(text: str, other: str, part: Literal["calibration", "evaluation"]) -> dict[str, list[str]]:

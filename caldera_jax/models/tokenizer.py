@@ -1,11 +1,12 @@
 """Tokenizers in ``tokenizer.json`` and in GGUF files' metadata, read and written, all as ``tokenizers.Tokenizer``.
 
 What a tokenizer does not say itself is in a dict beside it, ``special``, with the names of tokenizer_config.json: the
-tokens that are bos_token, eos_token, unk_token and pad_token, and the chat_template; each where it is known.
+tokens that are bos_token, eos_token, unk_token and pad_token, and the chat_template; each where it is known.  And in
+``ends``, the ids that a model's files name as ends of a text or of a turn.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from caldera_jax.models import files
@@ -21,6 +22,7 @@ from caldera_jax.models import files
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF token types
 _ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
           "pad_token": "padding_token_id"}  # and their names in GGUF
+_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of GGUF: of a text, a turn and a message
 
 # Llama 3 splits off contractions, words with one leading other sign, runs of up to three digits, signs, and blanks.
 _LLAMA3_WORDS = (
@@ -54,8 +56,40 @@ def _refused(what, remedy):
         raise ValueError(f"{what} ({error}); {remedy}") from error
 
 
+def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text to go on from: first what the tokenizer puts there, unless the text begins with it, and
+    nothing put last."""
+    first, ids = _added(tokenizer)[0], encode(tokenizer, text).tolist()
+    return ids if ids[:len(first)] == first else [*first, *ids]
+
+
+def bos(tokenizer: Tokenizer, special: Mapping[str, str]) -> int:
+    """Id of the token that begins a text: bos_token, or else what the tokenizer puts first; ValueError for none."""
+    named = tokenizer.token_to_id(special.get("bos_token", ""))
+    if found := [named] if named is not None else _added(tokenizer)[0]:
+        return found[0]
+    raise ValueError("the model's tokenizer knows no token that begins a text: leave --bos out, or name its bos_token "
+                     "in tokenizer_config.json")
+
+
+def check(tokenizer: Tokenizer, ids: Sequence[int] | Int[np.ndarray, "..."], vocab: int) -> None:
+    """ValueError, by name, for a token of a text that has no row among ``vocab`` embeddings."""
+    if len(ids) and (last := int(np.max(ids))) >= vocab:
+        raise ValueError(f"the text holds {tokenizer.id_to_token(last)!r}, token {last}, and the model has embeddings "
+                         f"of tokens 0 to {vocab - 1} alone: take it out of the text")
+
+
+def end_ids(tokenizer: Tokenizer, special: Mapping[str, str], ends: Sequence[int]) -> list[int]:
+    """All ids that a model's files name as ends of a text: that of eos_token first, then ``ends``."""
+    named = tokenizer.token_to_id(special.get("eos_token", ""))
+    return list(dict.fromkeys([*([] if named is None else [named]), *ends]))
+
+
 def from_directory(path: str | Path) -> Tokenizer:
-    """The tokenizer in ``path/tokenizer.json``; ValueError where there is none or it cannot be read."""
+    """The tokenizer in ``path/tokenizer.json``; ValueError where there is none or it cannot be read.
+
+    Truncation, padding and dropout, which are for training, are off.
+    """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
@@ -66,6 +100,8 @@ def from_directory(path: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     return tokenizer
 
 
@@ -79,6 +115,25 @@ def special_from_directory(path: str | Path) -> dict[str, str]:
     found = {role: value.get("content") if isinstance(value, dict) else value for role, value in found.items()}
     found |= {"chat_template": template.read_text("utf-8")} if template.is_file() else {}
     return {role: value for role, value in found.items() if isinstance(value, str)}
+
+
+def ends_from_directory(path: str | Path, vocab: int) -> tuple[int, ...]:
+    """``ends`` out of eos_token_id, an id or several, of ``path/generation_config.json`` and ``path/config.json``."""
+    found: list[int] = []
+    for file in (Path(path) / name for name in ("generation_config.json", "config.json")):
+        raw = files.read_json(file) if file.is_file() else {}
+        if not isinstance(raw, dict):
+            raise ValueError(f"{file}: not a JSON object: download it again")
+        ids = raw.get("eos_token_id")
+        found += [_checked(id, f"{file}: eos_token_id", vocab) for id in (ids if isinstance(ids, list) else [ids])
+                  if ids is not None]
+    return tuple(dict.fromkeys(found))
+
+
+def _checked(id, where, vocab):
+    if type(id) is not int or not 0 <= id < vocab:
+        raise ValueError(f"{where} is {id!r}, and the model's tokens are 0 to {vocab - 1}: correct it, or take it out")
+    return id
 
 
 def to_directory(path: str | Path, tokenizer: Tokenizer, special: Mapping[str, str], context: int) -> None:
@@ -140,8 +195,14 @@ def from_fields(fields: Mapping[str, Any]) -> Tokenizer:
         if type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=type != _USER_DEFINED)])
     special = special_from_fields(fields)
-    ends = [[special[role]] if role in special and _value(fields, f"tokenizer.ggml.add_{role}", default) else []
-            for role, default in (("bos_token", kind == "llama"), ("eos_token", False))]
+    # Llama 3's files often leave add_bos_token out, and readers put BOS first, as for SentencePiece.
+    first = kind == "llama" or _value(fields, "tokenizer.ggml.pre", "") == "llama-bpe"
+    asked = {role: _value(fields, f"tokenizer.ggml.add_{role}", None) for role in ("bos_token", "eos_token")}
+    if unknown := [role for role, add in asked.items() if add and role not in special]:
+        raise ValueError(f"tokenizer.ggml.add_{unknown[0]} is true, and there is no tokenizer.ggml.{unknown[0]}_id: "
+                         "convert the file again")
+    ends = [[special[role]] if role in special and (default if asked[role] is None else asked[role]) else []
+            for role, default in (("bos_token", first), ("eos_token", False))]
     if any(ends):  # what ``tokenizer.encode`` adds by itself, and ``encode`` here does not
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*ends[0], "$A", *ends[1]],
@@ -156,6 +217,12 @@ def special_from_fields(fields: Mapping[str, Any]) -> dict[str, str]:
     special = {role: tokens[id] for role, id in ids.items() if id is not None}
     template = files.checked(fields.get("tokenizer.chat_template", ""), str, "tokenizer.chat_template")
     return special | ({"chat_template": template} if template else {})
+
+
+def ends_from_fields(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """``ends`` out of a GGUF file's metadata."""
+    count = len(_tokens(fields))
+    return tuple(dict.fromkeys(id for name in _ENDS if (id := _id(fields, name, count)) is not None))
 
 
 def _tokens(fields):
@@ -180,7 +247,7 @@ def _id(fields, name, count, *default):
     return id
 
 
-def to_gguf(tokenizer: Tokenizer, special: Mapping[str, str], vocab: int) -> dict[str, Any]:
+def to_gguf(tokenizer: Tokenizer, special: Mapping[str, str], vocab: int, ends: Sequence[int] = ()) -> dict[str, Any]:
     """The metadata from which ``from_fields`` makes a tokenizer of the same encodings, for ``vocab`` embeddings.
 
     Raises ValueError, naming the part, where GGUF has no words for how this tokenizer works.
@@ -189,6 +256,8 @@ def to_gguf(tokenizer: Tokenizer, special: Mapping[str, str], vocab: int) -> dic
     if raw["model"]["type"] != "BPE":
         raise _inexpressible(f"kind, {raw['model']['type']}")
     added = {token["content"]: token["special"] for token in raw["added_tokens"]}
+    if beyond := [token for token in added if tokenizer.token_to_id(token) >= vocab]:
+        raise _inexpressible(f"token {beyond[0]!r}, which has no embedding")
     tokens = [tokenizer.id_to_token(i) for i in range(vocab)]  # None where the model has rows without a token
     rank = {token: i for i, token in enumerate(dict.fromkeys(map("".join, raw["model"]["merges"])))}
 
@@ -213,24 +282,29 @@ def to_gguf(tokenizer: Tokenizer, special: Mapping[str, str], vocab: int) -> dic
                    "merges": [" ".join(pair) for pair in raw["model"]["merges"]]}
         if not fields["merges"]:
             raise _inexpressible("vocabulary without merges")
-    first, last = _ends(tokenizer)
+    first, last = _added(tokenizer)
+    if max(len(first), len(last)) > 1:
+        raise _inexpressible("template, which adds several tokens to a text")
     fields |= {_ROLES[role]: tokenizer.token_to_id(special[role]) for role in _ROLES if role in special}
     fields |= {"add_bos_token": bool(first), "add_eos_token": bool(last)}
-    fields |= ({"bos_token_id": first[0]} if first else {}) | ({"eos_token_id": last[0]} if last else {})
+    fields |= {"bos_token_id": first[0]} if first else {}
+    told = list(dict.fromkeys([*last, *end_ids(tokenizer, special, ends)]))
+    told[1:] = sorted(told[1:], key=lambda id: tokens[id] == "<|eom_id|>")
+    if len(told) > len(_ENDS):
+        raise _inexpressible(f"{len(told)} tokens that end a text")
+    fields |= dict(zip(_ENDS, told, strict=False))
     fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items() if value is not None}
     fields |= {"tokenizer.chat_template": special["chat_template"]} if "chat_template" in special else {}
     _check_same(raw, tokenizer, from_fields(fields))
     return fields
 
 
-def _ends(tokenizer):
-    """Ids that the tokenizer puts before and after each text; at most one of each."""
+def _added(tokenizer):
+    """Ids that the tokenizer puts before and after each text."""
     found = tokenizer.encode("a")
     added = list(zip(found.ids, found.special_tokens_mask, strict=True))
-    ends = [[id for id, _ in takewhile(lambda pair: pair[1], side)] for side in (added, reversed(added))]
-    if max(map(len, ends)) > 1:
-        raise _inexpressible("template, which adds several tokens to a text")
-    return ends
+    first, last = ([id for id, _ in takewhile(lambda pair: pair[1], side)] for side in (added, reversed(added)))
+    return first, last[::-1]
 
 
 def _inexpressible(what):

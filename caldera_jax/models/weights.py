@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from caldera_jax.models import llama
 from caldera_jax.models.llama import LlamaConfig, Params
@@ -15,6 +16,21 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+
+
+class Model(NamedTuple):
+    """A model on the host; its ``params["blocks"]`` is a list of ``Block``.
+
+    special: which tokens begin and end a text, and the chat template, as far as they are known; ends: further ids that
+    end a text (both ``models.tokenizer``).
+    """
+
+    config: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer
+    name: str
+    special: dict[str, str] = {}
+    ends: tuple[int, ...] = ()
 
 
 class Block(Mapping):
