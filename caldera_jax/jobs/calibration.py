@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Key
+from safetensors import safe_open
 
 from caldera_jax import hessian
 from caldera_jax.hessian import Moments
@@ -59,7 +60,7 @@ def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, b
 
 
 def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4,
-                    advance: bool = True) -> dict[str, Moments]:
+                    advance: bool = True, cap: float = hessian.CAP) -> dict[str, Moments]:
     """The Moments of a block's four inputs over all windows, by the names of ``llama.INPUT_OF``; on every process.
 
     Layers with the same input share them: q, k, v and gate, up.  ``advance``: take the streams through the block, in
@@ -74,7 +75,7 @@ def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Stre
     def observe(placed, shard):
         moments = _zero(config)
         for i in range(0, len(shard), batch):
-            after, moments = _observe(config, placed, shard[i:i + batch], moments)
+            after, moments = _observe(config, placed, shard[i:i + batch], moments, cap)
             if advance:
                 shard[i:i + batch] = after
         return moments
@@ -88,17 +89,17 @@ def _over_processes(own: Moments) -> Moments:
     """The Moments of all processes, merged some rows at a time: no message is larger than one matrix."""
     host = jax.tree.map(np.array, own)
     step = -(-len(host.sum) // spread.count())
-    counts = spread.gather(host.count)[:spread.holders()]
+    counts, peaks = (spread.gather(value)[:spread.holders()] for value in (host.count, host.peak))
     for i in range(0, len(host.sum), step):
         rows = slice(i, i + step)
-        parts = map(Moments, spread.gather(host.sum[rows]), spread.gather(host.error[rows]), counts)
+        parts = map(Moments, spread.gather(host.sum[rows]), spread.gather(host.error[rows]), counts, peaks)
         total = spread.fold(parts, _merge)
         host.sum[rows], host.error[rows] = total.sum, total.error
-    return Moments(jnp.asarray(host.sum), jnp.asarray(host.error), total.count)
+    return Moments(jnp.asarray(host.sum), jnp.asarray(host.error), total.count, total.peak)
 
 
 def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], blocks: int | None = None,
-            sequential: bool = False) -> Iterator[tuple[int, dict[str, Moments]]]:
+            sequential: bool = False, cap: float = hessian.CAP) -> Iterator[tuple[int, dict[str, Moments]]]:
     """(block index, Moments of its inputs), one block after the other, of the first ``blocks`` blocks (None: all).
 
     ``sequential``: the caller replaces ``params["blocks"][index]`` before it asks for the next block, whose inputs are
@@ -106,7 +107,7 @@ def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
     """
     streams = embed(params, tokens)
     for index in range(config.layers if blocks is None else blocks):
-        yield index, calibrate_block(config, params["blocks"][index], streams, advance=not sequential)
+        yield index, calibrate_block(config, params["blocks"][index], streams, advance=not sequential, cap=cap)
         if sequential:
             run_block(config, params["blocks"][index], streams)
 
@@ -206,9 +207,16 @@ def load_moments(path: Path) -> dict[str, Moments]:
     """What ``save_moments`` wrote; ValueError naming a file that is missing or damaged."""
     arrays = files.read_arrays(path)
     names = sorted({key.rsplit(".", 1)[0] for key in arrays})
+    arrays = {f"{name}.peak": np.float32(0) for name in names} | arrays  # the first ones had none
     if missing := {f"{name}.{field}" for name in names for field in Moments._fields} - arrays.keys():
         raise ValueError(f"{path}: no Moments: it lacks {min(missing)}: remove the file, to calibrate again")
     return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}
+
+
+def peak(path: Path, name: str) -> float:
+    """The ``Moments.peak`` in a file, which is not read for it."""
+    with safe_open(path, "np") as file:
+        return float(file.get_tensor(f"{name}.peak")) if f"{name}.peak" in file.keys() else 0.0  # noqa: SIM118
 
 
 def spilled(directory: Path, index: int, name: str) -> Path:
@@ -287,9 +295,9 @@ def _pull(config, block, x, pulled, squares, inputs):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 @jax.default_matmul_precision("highest")
-def _observe(config: LlamaConfig, block: Params, x: Array, moments: dict[str, Moments]):
+def _observe(config: LlamaConfig, block: Params, x: Array, moments: dict[str, Moments], cap: float):
     y, inputs = llama.block(config, block, x, jnp.arange(x.shape[1]))
-    return y, {name: hessian.update(moments[name], inputs[name]) for name in moments}
+    return y, {name: hessian.update(moments[name], inputs[name], cap) for name in moments}
 
 
 def _zero(config):

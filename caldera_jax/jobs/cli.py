@@ -16,6 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from caldera_jax.allocate import UNITS
+from caldera_jax.hessian import CAP
 from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page, spread
 from caldera_jax.jobs.compress import compress as run_compress
 from caldera_jax.jobs.compress import memory_need
@@ -102,7 +103,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
                         damping=algorithm.damping) if free else None
     estimate = {name: getattr(one_level, f"importance_{name}") for name in ("windows", "floor", "shrinkage")}
     config = override(
-        base, model=model, bos=texts.bos, activations=texts.activations, blocks=blocks, seed=seed,
+        base, model=model, bos=texts.bos, token_cap=texts.token_cap, activations=texts.activations, blocks=blocks, seed=seed,
         hessians=texts.hessians,
         caldera=override(base.caldera, rank=None if free else rank, q_bits=q_bits, factor_bits=factors,
                          **vars(algorithm)),
@@ -171,10 +172,21 @@ def table(r: dict[str, Any]) -> str:
              f"embedding being dense; on disk {r['disk_bytes'] / 1e6:.1f} MB",
              *(budget_lines(r) if "allocation" in r else level_lines(r) if "level" in r else []),
              f"  layer error       mean {r['mean_layer_error']:.4f}   max {r['max_layer_error']:.4f}",
+             *massive_lines(r),
              "  stage                 seconds  of it compiling  peak memory"]
     lines += [f"    {name:20s} {stage['seconds']:8.1f} {stage['compile_seconds']:16.1f} "
               f"{stage['peak_memory_bytes'] / 1e9:9.2f} GB" for name, stage in r["stages"].items()]
     return "\n".join(lines)
+
+
+def massive_lines(r: dict[str, Any]) -> list[str]:
+    """The inputs in which one token outweighs all others."""
+    cap = r["config"].get("token_cap", 0.0)
+    found = {row["path"]: row["peak"] for row in r["layers"] if row.get("peak", 0) > CAP}
+    largest = sorted(found, key=found.__getitem__, reverse=True)
+    more = f" ({len(found)} layers have such tokens)" if len(found) > 1 else ""
+    return [f"  massive token     {path}: {found[path]:.3g} times the median squared norm, counted "
+            f"{f'as {cap:g} times' if cap else 'whole'}{more}" for path in largest[:1]]
 
 
 def level_lines(r: dict[str, Any]) -> list[str]:

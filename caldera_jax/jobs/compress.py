@@ -74,7 +74,7 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
     sequential, blocks = config.activations == "compressed", model.params["blocks"]
     folder = run.work / "moments" if kept is None else kept / run.moments_hash
     job = Work(config, model, run, clock, folder)
-    inputs = calibration.collect(model.config, model.params, tokens, chosen, sequential)
+    inputs = calibration.collect(model.config, model.params, tokens, chosen, sequential, config.cap)
     g, known = {}, {}
     if config.level is not None:
         g = level.importance(job, tokens, run.work if kept is None else folder)
@@ -82,7 +82,7 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
             first = job._replace(folder=run.work / "first")
             if config.hessians is None and not spread.first(level.measured(job)):
                 few = config.importance.of(tokens, len(data.named(config.calibration.text)))
-                _calibrate(calibration.collect(model.config, model.params, few, chosen), first, chosen)
+                _calibrate(calibration.collect(model.config, model.params, few, chosen, cap=config.cap), first, chosen)
             known = level.curves(first, g)
             spread.barrier()
             if spread.rank() == 0:
@@ -140,7 +140,7 @@ def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:
         key, w, h = job.given(index, i)
         layer, trace = compress_matrix(key, w, h, caldera, path)
         error, *achieved = (float(x) for x in _errors(w, layer, h))
-    row = record(path, layer, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part)
+    row = record(path, layer, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part) | job.peak(index, i)
     if chosen is not None:
         losses = ErrorModel(*([x] for x in achieved[:2]), *achieved[2:])
         (loss,) = allocate.damage(config.allocation, layer.shape, losses, chosen["fisher"])

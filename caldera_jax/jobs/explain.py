@@ -185,7 +185,8 @@ def _hessians(config: RunConfig, run: dict[str, Any], model: Model, chosen: int,
                 calibration.load_moments(calibration.spilled(folder, index, name))[name].mean())
     else:
         sequential = config.activations == "compressed"
-        inputs = calibration.collect(model.config, model.params, _tokens(config, run, model), chosen, sequential)
+        inputs = calibration.collect(model.config, model.params, _tokens(config, run, model), chosen, sequential,
+                                     config.cap)
         for _, moments in inputs:
             yield lambda name, moments=moments: wide(moments[name].mean())
 

@@ -185,7 +185,8 @@ def _layer(job: Work, g: Outputs, c: float, turn: str, index: int, i: int) -> No
             *parts, damping = at_level(w, h, g[path], c, job.config.level, path)
             layer = linear.packed(*parts, job.config.level)
             error, damage = map(float, _damage(w, layer, h, jnp.asarray(g[path], h.dtype)))
-        row = record(path, layer, error, damping, [], part) | {"level": c, "predicted_damage": damage}
+        row = record(path, layer, error, damping, [], part) | job.peak(index, i)
+        row |= {"level": c, "predicted_damage": damage}
         run.keep_layer(path, layer, row)
     run.keep(f"{path}.{turn}", [c, row["bits"]])
 

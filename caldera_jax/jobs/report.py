@@ -35,6 +35,7 @@ class Layer(TypedDict):
     bits: int
     bits_per_weight: float
     damping: float
+    peak: NotRequired[float]
     seconds: float
     predicted_loss: NotRequired[float]
     loss: NotRequired[float]

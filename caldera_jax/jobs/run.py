@@ -24,8 +24,9 @@ from caldera_jax.models.weights import Block
 
 def moments_hash(identity: dict[str, Any]) -> str:
     """Name of the folder of kept Moments: of all that they depend on."""
-    dense = identity["config"]["activations"] == "dense"
-    inputs = [identity["model_sha256"], identity["calibration_sha256"]]
+    config = identity["config"]
+    dense, cap = config["activations"] == "dense", config.get("token_cap", 0.0)  # the first ones had none
+    inputs = [identity["model_sha256"], identity["calibration_sha256"], *([cap] if cap else [])]
     return report.config_hash(inputs if dense else identity)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from caldera_jax import allocate
 from caldera_jax.decompose import CalderaConfig
+from caldera_jax.hessian import CAP
 from caldera_jax.jobs import artifact
 from caldera_jax.levels import LevelConfig
 from caldera_jax.models import files, llama
@@ -42,6 +43,7 @@ class RunConfig:
     """All that decides the result of a run.
 
     bos: windows of calibration and evaluation begin with the model's BOS, which takes the place of their last token.
+    token_cap: how much of one token counts in the Moments (``hessian.update``); 0: all of it.
     hessians: a directory of Hessians as the authors released them, instead of calibrating.
     blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
     in the paper, or on the model whose earlier blocks are compressed already.
@@ -69,6 +71,7 @@ class RunConfig:
     c: float | None = None
     importance: Importance = Importance()
     bos: bool = False
+    token_cap: float = CAP
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):
@@ -81,6 +84,9 @@ class RunConfig:
             raise ValueError(f"perplexity needs windows of at least 2 tokens, got {self.evaluation.window}")
         if self.allocation not in get_args(allocate.Rule):
             raise ValueError(f"allocation must be one of {', '.join(get_args(allocate.Rule))}; got {self.allocation!r}")
+        if not (self.token_cap == 0 or 1 <= self.token_cap < math.inf):
+            raise ValueError("token_cap times the median one is the largest squared norm that a token counts with: give "
+                             f"1 or more, or 0 for no cap; got {self.token_cap}")
         if self.bits is not None and not 0 < self.bits < math.inf:
             raise ValueError(f"a budget of {self.bits} bits a weight cannot be met: give a positive number")
         if self.level is None and self.c is not None or self.level is not None and (
@@ -101,6 +107,11 @@ class RunConfig:
             raise ValueError("ranks are what a budget of bits chooses from, one or more numbers from 0 on; got "
                              f"{self.ranks} and {'no' if self.bits is None else 'a'} budget: give both or neither")
 
+    @property
+    def cap(self) -> float:
+        """``hessian.update``'s."""
+        return self.token_cap or math.inf
+
 
 def recorded(value: Any) -> RunConfig:
     """The inverse of ``report.plain``: the RunConfig that a manifest's ``run`` holds as ``config``; ValueError if it is
@@ -113,6 +124,7 @@ def _recorded(value):
         fields = {name: _recorded(item) for name, item in value.items()}
         kinds = {kind.__name__: kind for kind in (RunConfig, Tokens, CalderaConfig, LevelConfig, Importance)}
         kind = (kinds | artifact.GRIDS).get(str(fields.pop("kind", None)))
+        fields = {"token_cap": 0.0} | fields if kind is RunConfig else fields  # the first ones had none
         return files.made(kind, fields, f"the run's configuration: {kind.__name__}") if kind else fields
     return tuple(_recorded(item) for item in value) if isinstance(value, list) else value
 

@@ -39,6 +39,12 @@ class Work(NamedTuple):
         hessians = Path(self.config.hessians)
         return key, w, jnp.asarray(calibration.released(hessians, self.model.config, index, source))
 
+    def peak(self, index: int, i: int) -> dict[str, float]:
+        """What the record of a layer says of its largest token."""
+        source = llama.INPUT_OF[llama.LINEARS[i]]
+        return {} if self.config.hessians else {
+            "peak": calibration.peak(calibration.spilled(self.folder, index, source), source)}
+
     def each(self, group: Sequence[int], title: str, work: Callable[[int, int], None]) -> None:
         """work(block, i) for each layer of these blocks that is this process's, on its device."""
         shapes, devices = list(llama.shapes(self.model.config).values()), jax.local_device_count()
