@@ -262,12 +262,13 @@ def read_hessian(path: Path) -> Float[np.ndarray, "n n"]:
 @jax.default_matmul_precision("highest")
 def _pull_head(config, last, x, key):
     """Gradient of Σ_t log p(y_t) with respect to the last stream x [1, s, d], y_t drawn from the model."""
-    labels = jax.random.categorical(key, llama.head(config, last, x))
+    def likelihood(x, labels):
+        return jnp.take_along_axis(jax.nn.log_softmax(llama.head(config, last, x)), labels[..., None], -1)
 
-    def likelihood(x):
-        return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(llama.head(config, last, x)), labels[..., None], -1))
-
-    return jax.grad(likelihood)(x)
+    keys = jax.random.split(key, x.shape[:2]) if x.shape[1] * config.vocab > llama.NUMBERS else None
+    labels = (jax.random.categorical(key, llama.head(config, last, x)) if keys is None else llama.in_tiles(
+        lambda x, keys: jax.random.categorical(keys[0, 0], llama.head(config, last, x)), config.vocab, x, keys))
+    return jax.grad(lambda x: jnp.sum(llama.in_tiles(likelihood, config.vocab, x, labels)))(x)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

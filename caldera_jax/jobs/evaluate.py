@@ -146,23 +146,27 @@ def _each(function: Callable[..., Any], count: int, config: LlamaConfig, models:
 @jax.default_matmul_precision("highest")
 def _losses(config, models, hidden, tokens):
     """Negative log-likelihood of each predicted token, [1, s - 1]."""
-    return _loss(_logits(config, models[0], hidden[0]), tokens)
+    losses = lambda x, targets: _loss(_logits(config, models[0], x), targets)
+    return llama.in_tiles(losses, config.vocab, hidden[0][:, :-1], tokens[:, 1:])
 
 
 @partial(jax.jit, static_argnums=0)
 @jax.default_matmul_precision("highest")
 def _compared(config, models, hidden, tokens):
     """The fields of a Comparison, [4, s - 1]."""
-    p, q = (_logits(config, last, x) for last, x in zip(models, hidden, strict=True))
-    divergence = jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)
-    agree = (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(p.dtype)
-    return jnp.concatenate([_loss(p, tokens), _loss(q, tokens), divergence, agree])
+    def found(targets, *streams):
+        p, q = (_logits(config, last, x) for last, x in zip(models, streams, strict=True))
+        divergence = jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)
+        agree = (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(p.dtype)
+        return jnp.concatenate([_loss(p, targets), _loss(q, targets), divergence, agree])
+
+    return llama.in_tiles(found, config.vocab, tokens[:, 1:], *(x[:, :-1] for x in hidden))
 
 
 def _logits(config, last, hidden):
-    """Log-probabilities of every token at each position but the last, [1, s - 1, v]."""
-    return jax.nn.log_softmax(llama.head(config, last, hidden[:, :-1]))
+    """Log-probabilities of every token at each position, [1, s, v]."""
+    return jax.nn.log_softmax(llama.head(config, last, hidden))
 
 
-def _loss(logits, tokens):
-    return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+def _loss(logits, targets):
+    return -jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
