@@ -23,6 +23,7 @@ from caldera_jax.models import files, llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
 CHUNK = 2048  # tokens, or one window, whose streams through all blocks ``output_fisher`` keeps at a time
+BATCH = 8192  # tokens, or one window, that go through a block at once, whatever number of windows is asked for
 
 Streams = list[list[np.ndarray]]  # [windows of the shard, s, d] of each shard that this process has, by device
 
@@ -46,16 +47,21 @@ def forward(config: LlamaConfig, block: Mapping[str, Any], x: Float[Array | np.n
 
 
 def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4) -> None:
-    """Take the streams through one block, in place, ``batch`` windows at a time."""
+    """Take the streams through one block, in place, at most ``batch`` windows at a time."""
     block = dict(block)
 
     def run(shards):
         placed = jax.device_put(block)
         for shard in shards:
-            for i in range(0, len(shard), batch):
-                shard[i:i + batch] = forward(config, placed, shard[i:i + batch])
+            for part in _parts(shard, batch):
+                shard[part] = forward(config, placed, shard[part])
 
     spread.on_devices(run, streams)
+
+
+def _parts(shard, batch):
+    step = max(1, min(batch, BATCH // shard.shape[1]))
+    return [slice(i, i + step) for i in range(0, len(shard), step)]
 
 
 def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4,
@@ -73,10 +79,10 @@ def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Stre
 
     def observe(placed, shard):
         moments = _zero(config)
-        for i in range(0, len(shard), batch):
-            after, moments = _observe(config, placed, shard[i:i + batch], moments)
+        for part in _parts(shard, batch):
+            after, moments = _observe(config, placed, shard[part], moments)
             if advance:
-                shard[i:i + batch] = after
+                shard[part] = after
         return moments
 
     parts = [jax.device_put(part, jax.local_devices()[0]) for part in spread.on_devices(run, streams)]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from caldera_jax.allocate import UNITS
 from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page, spread
 from caldera_jax.jobs.compress import compress as run_compress
-from caldera_jax.jobs.compress import memory_need
+from caldera_jax.jobs.compress import Need, memory_need
 from caldera_jax.jobs.finetune import finetune as run_finetune
 from caldera_jax.jobs.options import (
     Algorithm,
@@ -38,7 +38,6 @@ from caldera_jax.jobs.report import config_hash
 from caldera_jax.jobs.settings import recorded, weights
 from caldera_jax.levels import LevelConfig
 from caldera_jax.models import convert, data, files
-from caldera_jax.models.convert import Model as Loaded
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -110,7 +109,9 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         importance=override(base.importance, **estimate),
         calibration=override(base.calibration, **tokens("calibration")),
         evaluation=override(base.evaluation, **tokens("evaluation")))
-    if start(workers, lambda: convert.load(model)):
+    windows = lambda of: (of.windows * len(data.named(of.text)), of.window)
+    calibrated = windows(config.calibration) if config.hessians is None else (0, 1)
+    if start(workers, lambda: memory_need(convert.load(model).config, calibrated, windows(config.evaluation))):
         return
     if megabytes is not None:
         config = dataclasses.replace(config, bits=8e6 * megabytes / weights(config, convert.load(model).config))
@@ -124,10 +125,10 @@ def _flags(options: dict[str, Any]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None)
 
 
-def start(workers: Workers, load: Callable[[], Loaded]) -> bool:
+def start(workers: Workers, need: Callable[[], Need]) -> bool:
     """Whether processes started here have done the work; if not, this one does it, or its part of it.
 
-    ``load`` tells how large the model is, and fails or fetches here, once, where the processes would do so each.
+    ``need`` reads the model, and fails or fetches here, once, where the processes would do so each.
     """
     processes = workers.processes
     if processes is not None and processes < 0:
@@ -135,7 +136,11 @@ def start(workers: Workers, load: Callable[[], Loaded]) -> bool:
     if workers.process_id is not None and workers.coordinator is None:
         raise ValueError("--process-id is for runs on several hosts: give --coordinator HOST:PORT, too")
     if workers.coordinator is None and processes != 0 and not (processes is None and spread.accelerated()):
-        fit = spread.available_memory() // memory_need(load().config)
+        (each, together), available = need(), spread.available_memory()
+        if (fit := (available - together) // each) < 1 and processes is None:
+            print(f"caldera: about {(each + together) / 1e9:.1f} GB of memory are needed, {together / 1e9:.1f} of them "
+                  f"for the streams of text, and {available / 1e9:.1f} are available: the system may end this run; "
+                  "fewer or shorter windows need less", file=sys.stderr)
         spread.launch(sys.argv[1:], processes or max(1, min(len(spread.cores()), fit, 8)))
         return True
     keep_programs()
@@ -336,15 +341,17 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         return run_tasks(directory, tasks, task_files, limit, context, base)
     if task_files is not None or limit is not None:
         raise ValueError("--task-files and --limit are for tasks: name them with --tasks")
-    if start(workers, lambda: artifact.load(directory)):
-        return
     config = recorded(artifact.read_manifest(directory)["run"]["config"])
     ours, theirs = config.calibration, config.evaluation
     chosen = override(theirs, text=text, windows=windows, window=window)
-    model = artifact.load(directory)
-    tokens = data.windows_beside(model.tokenizer, chosen, ours.text, "evaluation")
     context = chosen.window if context is None else context
     stride = context if stride is None else stride
+    count = chosen.windows * len(data.named(chosen.text)) * chosen.window
+    evaluated = 1 + max(0, count - context) // max(1, stride), max(2, context)
+    if start(workers, lambda: memory_need(artifact.load(directory).config, (0, 1), evaluated, 1 + base)):
+        return
+    model = artifact.load(directory)
+    tokens = data.windows_beside(model.tokenizer, chosen, ours.text, "evaluation")
     if context > model.config.context:
         raise ValueError(f"a context of {context} tokens exceeds the model's, {model.config.context}: shorten it")
     views, scored = evaluate.sliding_windows(tokens.reshape(-1), context, stride)

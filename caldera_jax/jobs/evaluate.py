@@ -15,6 +15,8 @@ from caldera_jax.jobs.calibration import Streams
 from caldera_jax.models import llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
+STREAMS = 2**28  # numbers of the streams that all processes and models together hold at a time
+
 
 class Comparison(NamedTuple):
     """Of tokens 2 … s of each window, given those before them: the losses of the base p and of the other model q,
@@ -66,8 +68,7 @@ def token_losses(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "
 
     On every process; float32, or float64 for a float64 embedding.  Raises as ``perplexity`` does.
     """
-    streams = _streams(config, params, windows, batch, title)
-    return _finite(_each(_losses, 1, config, [params], [streams], windows)[:, 0])
+    return _finite(_grouped(_losses, 1, config, [params], windows, batch, title)[:, 0])
 
 
 def compare(config: LlamaConfig, base: Params, params: Params, windows: Int[np.ndarray, "w s"], batch: int = 4,
@@ -75,15 +76,13 @@ def compare(config: LlamaConfig, base: Params, params: Params, windows: Int[np.n
     """Losses of both models, D_KL(base ‖ other) = Σ p (log p − log q) over the vocabulary, and top-1 agreement.
 
     Exactly zero and all true where the two are the same; what rounding takes below zero, some 1e-7, is cut off.  Block
-    by block, one model after the other, then the logits of one window at a time: 4 s v numbers for a vocabulary of v.
-    On every process.  Raises as ``perplexity`` does, and where the two are not of one shape.
+    by block, one model after the other, then the logits of one window at a time: 4 s v numbers for a vocabulary of v,
+    or 4 ``llama.NUMBERS`` where these are more.  On every process.  Raises as ``perplexity`` does, and where the two are not of one shape.
     """
     if base["embed"].shape != params["embed"].shape or len(base["blocks"]) != len(params["blocks"]):
         raise ValueError(f"two models to compare have one vocabulary, width and depth; got {base['embed'].shape} and "
                          f"{params['embed'].shape}, {len(base['blocks'])} and {len(params['blocks'])} blocks")
-    models = [base, params]
-    streams = [_streams(config, model, windows, batch, title) for model in models]
-    found = _each(_compared, 4, config, models, streams, windows)
+    found = _grouped(_compared, 4, config, [base, params], windows, batch, title)
     return Comparison(*(_finite(found[:, i]) for i in range(3)), found[:, 3] == 1)
 
 
@@ -101,13 +100,34 @@ def mean(values: Float[np.ndarray, "w t"] | Bool[np.ndarray, "w t"],
     return float(m), float(error)
 
 
-def _streams(config, params, windows, batch, title) -> Streams:
-    """The residual streams that leave the last block."""
+def group(config: LlamaConfig, window: int, models: int = 1) -> int:
+    """How many windows go through all blocks before the next ones do: those whose streams are ``STREAMS``, and one for
+    each shard."""
+    return max(spread.SHARDS, STREAMS // (models * window * config.dim))
+
+
+def _grouped(function, count, config, models, windows, batch, title):
+    """What ``_each`` finds, of a group of windows after the other."""
     if windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of at least 2 tokens, got {windows.shape[1]}")
-    streams, quiet = calibration.embed(params, windows), title is None or spread.rank() > 0
-    for index, block in enumerate(tqdm(params["blocks"], title, disable=quiet, unit="block", leave=False)):
+    step = group(config, windows.shape[1], len(models))
+    parts = [windows[i:i + step] for i in range(0, len(windows), step)]
+    steps = len(parts) * sum(len(params["blocks"]) for params in models)
+    found = []
+    with tqdm(total=steps, desc=title, disable=title is None or spread.rank() > 0, unit="block", leave=False) as bar:
+        for part in parts:
+            streams = [_streams(config, params, part, batch, bar) for params in models]
+            found.append(_each(function, count, config, models, streams, part))
+            del streams  # before the next are made
+    return np.concatenate(found)
+
+
+def _streams(config, params, windows, batch, bar) -> Streams:
+    """The residual streams that leave the last block."""
+    streams = calibration.embed(params, windows)
+    for index, block in enumerate(params["blocks"]):
         calibration.run_block(config, block, streams, batch)
+        bar.update()
         if not all(np.isfinite(shard).all() for device in streams for shard in device):
             raise ValueError(f"blocks.{index}: its output holds NaN or infinite values: the weights overflow")
     return streams
