@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from caldera_jax.allocate import UNITS
 from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page, spread
-from caldera_jax.jobs.compress import compress as run_compress
 from caldera_jax.jobs.compress import Need, memory_need
+from caldera_jax.jobs.compress import compress as run_compress
 from caldera_jax.jobs.finetune import finetune as run_finetune
 from caldera_jax.jobs.options import (
     Algorithm,
@@ -318,8 +318,8 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
 
     Args:
         directory: of a compressed model, as compress wrote it.
-        text: enwiki or python (built in; the part that no run is calibrated on), a text file, a directory, or several
-            of these joined by +.
+        text: enwiki or python (built in; the part that no run is calibrated on), a text file, a .jsonl file (as
+            compress takes it), a directory, or several of these joined by +.
         windows: number of windows of text.
         window: tokens a window.
         context: tokens that a prediction may look back on, itself included; by default --window. With --tasks, the

@@ -77,7 +77,8 @@ def compare(config: LlamaConfig, base: Params, params: Params, windows: Int[np.n
 
     Exactly zero and all true where the two are the same; what rounding takes below zero, some 1e-7, is cut off.  Block
     by block, one model after the other, then the logits of one window at a time: 4 s v numbers for a vocabulary of v,
-    or 4 ``llama.NUMBERS`` where these are more.  On every process.  Raises as ``perplexity`` does, and where the two are not of one shape.
+    and at most about 4 ``llama.NUMBERS``.  On every process.  Raises as ``perplexity`` does, and where the two
+    are not of one shape.
     """
     if base["embed"].shape != params["embed"].shape or len(base["blocks"]) != len(params["blocks"]):
         raise ValueError(f"two models to compare have one vocabulary, width and depth; got {base['embed'].shape} and "

@@ -4,7 +4,6 @@ What is trained and how it is differentiated is ``student``, the steps are ``tra
 to a directory.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,13 +118,12 @@ def labelled(model: Model, path: Path, window: int) -> tuple[Batch, list[str]]:
 
     Raises ValueError for a line that is not of this kind, or longer than the window, and for fewer than two classes.
     """
-    try:
-        lines = path.read_text("utf-8").split("\n")  # not splitlines: JSON's strings may hold other ends of lines
-        rows = {i + 1: json.loads(line) for i, line in enumerate(lines) if line.strip()}
-        texts, labels = [str(row["text"]) for row in rows.values()], [str(row["label"]) for row in rows.values()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: not a file of JSON lines {{"text": …, "label": …}} ({error})') from error
-    tokens, classes = [tokenizer.encode(model.tokenizer, text) for text in texts], sorted(set(labels))
+    if not path.is_file():
+        raise ValueError(f'{path}: no file of JSON lines {{"text": …, "label": …}}')
+    rows = dict(data.json_lines(path, "text", "label"))
+    labels = [str(row["label"]) for row in rows.values()]
+    tokens = [tokenizer.encode(model.tokenizer, row["text"]) for row in rows.values()]
+    classes = sorted(set(labels))
     if len(classes) < 2:
         raise ValueError(f"{path}: {len(classes)} classes; two at least are needed")
     if bad := [(i, len(ids)) for i, ids in zip(rows, tokens, strict=True) if not 0 < len(ids) <= window]:
