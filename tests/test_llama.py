@@ -167,7 +167,7 @@ def test_attention_in_tiles_of_any_size_has_the_same_outcome_and_gradients(windo
     attend = lambda *x: llama.attention(config, *x, positions if rows > 1 else positions[0], jnp.arange(20))
     outcome = lambda: (attend(*given), jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2))(*given))
     expected = outcome()
-    for positions_at_once in (0, 1, 5, 12):
+    for positions_at_once in (1, 5):
         monkeypatch.setattr(llama, "NUMBERS", 3 * 6 * 20 * positions_at_once)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), outcome(), expected)
 
