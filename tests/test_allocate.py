@@ -160,6 +160,24 @@ def test_no_more_streams_are_kept_than_of_a_chunk(fishers, monkeypatch):
     assert seen == [10] * 7 + [5]
 
 
+def test_gradients_of_long_windows_are_those_of_their_labels_in_tiles_of_positions(monkeypatch):
+    config = dataclasses.replace(tiny.SQUARE, context=1000)
+    params, x = llama.init(jax.random.key(0), config), jax.random.normal(jax.random.key(1), (1, 13, config.dim))
+    draws, draw = [], jax.random.categorical
+    monkeypatch.setattr(jax.random, "categorical", lambda key, logits: draws.append(logits) or jnp.argmin(logits, -1))
+    outcome = lambda: calibration._pull_head.__wrapped__(config, params, x, jax.random.key(2))
+    expected = outcome()
+    monkeypatch.setattr(llama, "NUMBERS", 5 * config.vocab)
+    np.testing.assert_allclose(outcome(), expected, rtol=1e-4, atol=1e-6)
+    assert len(draws) > 1
+    monkeypatch.setattr(jax.random, "categorical", draw)
+    flat = params | {"head": 0 * params["head"]}
+    key = jax.random.split(jax.random.key(2), (1, 2000))
+    labels = llama.in_tiles(lambda x, keys: draw(keys[0, 0], llama.head(config, flat, x)), config.vocab,
+                            jnp.ones((1, 2000, config.dim)), key)
+    assert len(np.unique(labels)) == config.vocab  # each position has a draw of its own
+
+
 # ---- what an option stores
 
 

@@ -4,7 +4,9 @@ import pytest
 import tiny
 
 from caldera_jax import LevelConfig
-from caldera_jax.jobs import cli
+from caldera_jax.jobs import cli, spread
+from caldera_jax.jobs.compress import Need
+from caldera_jax.jobs.options import Workers
 
 
 @pytest.fixture
@@ -111,3 +113,18 @@ def test_inspect_writes_the_page_in_place_of_the_table_and_beside_the_theory(mon
         cli.main()
         assert written.pop() == (tmp_path, tmp_path / "page.html", tmp_path / "moments") and not written
         assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize(("available", "processes", "started", "told"), [
+    (40, None, 6, ""), (8, None, 2, ""), (3, None, 1, "about 5.0 GB of memory are needed, 2.0 of them"), (3, 4, 4, ""),
+])
+def test_so_many_processes_start_as_memory_holds_beside_the_streams(monkeypatch, capsys, available, processes, started,
+                                                                  told):
+    seen = []
+    monkeypatch.setattr(spread, "available_memory", lambda: available * 10**9)
+    monkeypatch.setattr(spread, "cores", lambda: list(range(6)))
+    monkeypatch.setattr(spread, "accelerated", lambda: False)
+    monkeypatch.setattr(spread, "launch", lambda arguments, count: seen.append(count))
+    assert cli.start(Workers(processes), lambda: Need(3 * 10**9, 2 * 10**9)) and seen == [started]
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == bool(told)

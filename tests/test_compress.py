@@ -556,8 +556,22 @@ def test_base_perplexity_of_smollm2_equals_that_of_transformers(tmp_path):
 
 
 def test_the_memory_of_a_process_counts_the_streams_of_a_backward_pass():
+    need = lambda config: memory_need(config, (64, 512), (32, 512)).each
     few, many = (dataclasses.replace(tiny.CONFIG, layers=layers) for layers in (1000, 3000))
     streams = 4 * 2000 * calibration.CHUNK * tiny.CONFIG.dim  # float32, of the further 2000 blocks
-    assert memory_need(many) - memory_need(few) == streams
+    assert need(many) - need(few) == streams
     wide = dataclasses.replace(tiny.CONFIG, ffn_dim=4000)  # a layer's 16 n² are more
-    assert memory_need(wide) == memory_need(dataclasses.replace(wide, layers=3)) > 4 * 16 * 4000**2
+    assert need(wide) == need(dataclasses.replace(wide, layers=3)) > 4 * 16 * 4000**2
+
+
+def test_the_memory_of_a_run_counts_streams_of_calibration_those_of_a_group_of_views_and_scores_of_long_windows():
+    config = dataclasses.replace(tiny.CONFIG, context=8192)
+    streams = lambda *windows: memory_need(config, *windows).together
+    assert streams((4096, 2048), (32, 512)) == 4 * 4096 * 2048 * config.dim
+    many, more = (streams((0, 1), (views, 1024)) for views in (10**5, 10**6))
+    assert many == more and 0.9 < many / (4 * evaluate.STREAMS) <= 1
+    assert streams((0, 1), (8, 1024), 2) == 2 * streams((0, 1), (8, 1024), 1) == 8 * 1024 * 8 * config.dim
+    short, long = (memory_need(config, (0, 1), (8, window)).each for window in (512, 8192))
+    assert long - short > 8 * min(config.heads * 8192**2, llama.NUMBERS) - 10**8  # two numbers a score
+    words = dataclasses.replace(config, vocab=10**5)
+    assert memory_need(words, (0, 1), (8, 600)).each - memory_need(words, (0, 1), (8, 500)).each > 10**8  # logits

@@ -4,6 +4,7 @@ import bz2
 import dataclasses
 import hashlib
 import itertools
+import json
 import subprocess
 import sys
 import zipfile
@@ -146,10 +147,70 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, message):
             data.load_text(path)
 
 
+def lines(path, *rows):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return path
+
+
+def test_each_line_of_json_is_a_document_by_its_text_or_the_field_that_is_named(tmp_path):
+    path = lines(tmp_path / "x.jsonl", {"text": "one\u2028still one", "id": 1}, {"id": 2, "text": "two"}, {"text": " "})
+    assert data.load_text(path) == data.load_text(f"{path}:text") == ["one\u2028still one", "two"]
+    path.write_text(f"\ufeff{path.read_text()}\r\n\n")  # as other systems write it
+    assert data.load_text(path) == ["one\u2028still one", "two"]
+    assert data.split(data.load_text(path)) == (["one\u2028still one"], ["two"])
+    windows = data.token_windows(words(), data.load_text(path), 2, 1)
+    assert windows.shape == (1, 2)
+    other = lines(tmp_path / "y.NDJSON", {"content": "three", "text": "four"})
+    assert data.load_text(f"{other}:content") == ["three"] and data.load_text(other) == ["four"]
+    (tmp_path / "a.txt").write_text("zero")
+    assert data.load_text(tmp_path) == ["zero", "one\u2028still one", "two", "four"]
+    assert data.same_text(str(path), f"{path}:text") and not data.same_text(str(path), f"{path}:id")
+    texts = data.documents_beside(f"{path}+{other}:content", "", "calibration")
+    assert texts == {str(path): ["one\u2028still one", "two"], f"{other}:content": ["three"]}
+    assert data.documents_beside(str(path), f"{path}:text", "evaluation") == {str(path): ["two"]}
+    strange = lines(tmp_path / "z.jsonl:text", {"a": 1})  # a name may hold a colon
+    assert data.load_text(strange) == ['{"a": 1}']
+
+
+@pytest.mark.parametrize("rows, message", [
+    ('{"text": "a"}\n\n{"text": ', "line 3: not JSON .*; each line is .*\"text\": …"),
+    ('{"text": "a"}\n{"body": "b", "id": 3}', "line 2: no field 'text', but 'body', 'id'; another .*FILE.jsonl:FIELD"),
+    ('["text"]', "line 1: no field 'text', but none at all"),
+    ('{"text": null}', "line 1: 'text' is no text, but null"),
+    ('{"text": ["a"]}', "line 1: 'text' is no text, but .\"a\""),
+    ('{"text": "a \\ud800"}', "line 1: 'text' is no text, but .*ud800"),
+    ('{"text": "caf\udce9"}', "line 1: not JSON .*utf-8"),
+    ("[" * 100_000, "line 1: not JSON"),
+    ('{"text": ""}\n', "x.jsonl: the file is empty"), ("", "x.jsonl: the file is empty"),
+])
+def test_lines_that_are_no_documents_are_named(tmp_path, rows, message):
+    (tmp_path / "x.jsonl").write_bytes(rows.encode(errors="surrogateescape"))
+    for place in (tmp_path / "x.jsonl", tmp_path):
+        with pytest.raises(ValueError, match=message):
+            data.load_text(place)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("x.parquet", ".parquet files are not read as text: write its texts to a file ending in .jsonl, one .* a line"),
+    ("x.csv", "write its texts to"), ("x.tsv", "write its texts to"), ("x.JSON", "write its texts to"),
+    ("x.jsonl.gz", ".gz files are not read as text: unpack it first"), ("x.zip", "unpack it first"),
+    ("x.txt:body", "x.txt: only the lines of a .jsonl file have fields, and 'body' is asked for: leave :body out"),
+    (".:body", "a.txt: only the lines of a .jsonl file have fields"),
+])
+def test_files_that_are_no_plain_text_are_refused_with_a_remedy(tmp_path, name, message):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / name.partition(":")[0] if name[0] != "." else tmp_path / "b.txt").write_text("a,b\n1,2")
+    with pytest.raises(ValueError, match=message):
+        data.load_text(f"{tmp_path}/{name}")
+
+
 def test_unknown_and_empty_places_are_told_what_is_accepted(tmp_path):
     with pytest.raises(ValueError, match="unknown text 'enwik'. Accepted: enwiki"):
         data.load_text("enwik")
-    with pytest.raises(ValueError, match="no .txt or .md"):
+    with pytest.raises(ValueError, match="no .txt, .md or .jsonl file in this directory$"):
+        data.load_text(tmp_path)
+    (tmp_path / "train-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="no .txt, .md or .jsonl file in .*; of train-00000.parquet: write its texts"):
         data.load_text(tmp_path)
     for fetch in (data.fetch_model, data.fetch_text):
         with pytest.raises(ValueError, match="unknown built-in"):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caldera_jax import CalderaConfig, compress_matrix
-from caldera_jax.jobs import evaluate
+from caldera_jax.jobs import calibration, evaluate
 from caldera_jax.models import llama
 
 CONFIG = dataclasses.replace(tiny.SQUARE, vocab=50)
@@ -125,6 +125,46 @@ def test_a_comparison_is_that_of_the_whole_distributions_in_float64(base, compre
         np.testing.assert_array_equal(found.agree[i], p.argmax(-1) == q.argmax(-1))
     assert found.divergence.min() > 1e-6 and 0 < found.agree.mean() < 1  # the case is not a trivial one
     np.testing.assert_array_equal(found.loss, evaluate.token_losses(CONFIG, compressed, windows))
+
+
+def test_logits_in_tiles_and_views_in_groups_give_the_same_figures(base, compressed, monkeypatch):
+    views, scored = evaluate.sliding_windows(TOKENS, 9, 1)
+
+    def figures(context):  # another one compiles anew
+        config = dataclasses.replace(CONFIG, context=context)
+        return (evaluate.perplexity(config, compressed, views, scored=scored),
+                *evaluate.compare(config, base, compressed, views))
+
+    expected = figures(1000)
+    sizes, embed = [], calibration.embed
+    monkeypatch.setattr(calibration, "embed", lambda params, some: sizes.append(len(some)) or embed(params, some))
+    monkeypatch.setattr(evaluate, "STREAMS", 10 * views.shape[1] * CONFIG.dim)
+    monkeypatch.setattr(llama, "NUMBERS", 3 * CONFIG.vocab)
+    for found, other in zip(figures(1001), expected, strict=True):
+        np.testing.assert_allclose(found, other, rtol=1e-10, atol=1e-12)
+    assert sizes == [10, 10, 1, 8, 8, 8, 8, 5, 5]  # of one model 10 at a time; of two 5, but no fewer than shards
+
+
+def test_logits_of_a_long_window_are_bounded():
+    stream, tokens = jax.ShapeDtypeStruct((1, 8192, 24), jnp.float32), jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+    config, f32 = dataclasses.replace(CONFIG, vocab=2**16), jnp.float32
+    last = {"head": jax.ShapeDtypeStruct((2**16, 24), f32), "norm": jax.ShapeDtypeStruct((24,), f32)}
+    programs = [evaluate._losses.lower(config, [last], [stream], tokens),
+                evaluate._compared.lower(config, [last, last], [stream, stream], tokens),
+                calibration._pull_head.lower(config, last, stream, jax.random.key(0))]
+    for program in programs:
+        size = program.compile().memory_analysis().temp_size_in_bytes
+        assert size < 6 * 4 * llama.NUMBERS < 2 * 4 * 8192 * 2**16  # of which two are a pair of all logits
+
+
+def test_long_windows_go_through_a_block_fewer_at_a_time(base, monkeypatch):
+    shapes, forward = [], calibration.forward
+    monkeypatch.setattr(calibration, "forward", lambda c, b, x: shapes.append(x.shape[:2]) or forward(c, b, x))
+    for batch, tokens, expected in ((4, 14, [(2, 7)] * 2), (4, 3, [(1, 7)] * 4), (3, 99, [(3, 7), (1, 7)])):
+        monkeypatch.setattr(calibration, "BATCH", tokens)
+        calibration.run_block(CONFIG, base["blocks"][0], [[np.ones((4, 7, CONFIG.dim))]], batch)
+        assert shapes == expected
+        shapes.clear()
 
 
 def test_a_model_does_not_diverge_from_itself_and_no_divergence_is_negative(base, compressed):

@@ -183,6 +183,17 @@ def test_the_losses_are_those_of_the_definitions(small):
     assert training.accuracy(model, wide(free), batch) == np.mean(q.argmax(-1) == batch.labels)
 
 
+@pytest.mark.parametrize("goal", ["distill", "text"])
+def test_the_loss_of_long_windows_is_taken_in_tiles_of_positions(small, goal, monkeypatch):
+    config, params, _, tokens = small
+    x, teacher = jax.random.normal(jax.random.key(0), (2, *tokens.shape, config.dim))
+    batch, train = Batch(tokens, teacher if goal == "distill" else None), TrainConfig(goal=goal, temperature=2.0)
+    outcome = lambda: jax.value_and_grad(lambda x: students._head_loss(config, train, 2, params, None, x, batch))(x)
+    expected = outcome()
+    monkeypatch.setattr(llama, "NUMBERS", 5 * config.vocab)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), outcome(), expected)
+
+
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
     config, params, _, tokens = small
     found = []
@@ -400,7 +411,8 @@ def test_classes_of_lines_are_learned(place, tmp_path):
 
 
 @pytest.mark.parametrize(("lines", "message"), [
-    ('{"text": "a"}', "JSON lines"), ("no json", "JSON lines"), ("", "0 classes"),
+    ('\n{"text": "a"}', "line 2: no field 'label', but 'text'"), ("", "0 classes"),
+    ("no json", 'line 1: not JSON .*; each line is {"text": …, "label": …}'),
     ('{"text": "a", "label": 1}', "1 classes"),
     ("\n".join(f'{{"text": "a", "label": {i}}}' for i in range(8)), "8 lines, and the last 8 are for validation"),
     ('{"text": "a", "label": 1}\n{"text": "' + 40 * "long" + '", "label": 2}', "line 2 has 160 tokens"),

@@ -150,6 +150,16 @@ def test_score_of_ragged_rows_is_that_of_each_alone_and_knows_the_likeliest_toke
     assert not any(greedy for _, greedy in lm._loglikelihood_tokens([(None, row[:1], row[1:]) for row in rows]))
 
 
+def test_scores_of_long_rows_are_found_in_tiles_of_positions(monkeypatch):
+    params, (x, targets) = llama.init(jax.random.key(0), CONFIG), np.random.default_rng(0).integers(0, 302, (2, 3, 13))
+    streams = llama.embed(CONFIG, params, x)
+    outcome = lambda: harness._scores.__wrapped__(CONFIG, params, streams, targets)
+    expected = outcome()
+    monkeypatch.setattr(llama, "NUMBERS", 5 * CONFIG.vocab)
+    for found, other in zip(outcome(), expected, strict=True):
+        np.testing.assert_allclose(found, other, rtol=1e-5)
+
+
 def test_a_batch_is_of_few_shapes_and_holds_every_row_once():
     rows = [[7] * length for length in range(2, 52)] * 3
     parts = list(harness.batches(rows, 50))  # no power of two: the last shape ends there

@@ -159,6 +159,31 @@ def test_a_token_after_those_in_the_cache_has_the_logits_of_the_whole_sequence(c
             assert np.isnan(logits[row, read:]).all()
 
 
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("rows", [1, 3])  # all at the same positions, or each elsewhere
+def test_attention_in_tiles_of_any_size_has_the_same_outcome_and_gradients(window, rows, monkeypatch):
+    config, rng = dataclasses.replace(GQA, sliding_window=window), np.random.default_rng(0)
+    given = [jnp.asarray(rng.standard_normal((3, length, heads, 12))) for length, heads in ((13, 6), (20, 2), (20, 2))]
+    positions = jnp.asarray(np.arange(13) + [[7], [3], [0]])[:rows]
+    attend = lambda *x: llama.attention(config, *x, positions if rows > 1 else positions[0], jnp.arange(20))
+    outcome = lambda: (attend(*given), jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2))(*given))
+    expected = outcome()
+    for positions_at_once in (1, 5):
+        monkeypatch.setattr(llama, "NUMBERS", 3 * 6 * 20 * positions_at_once)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), outcome(), expected)
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+def test_attention_of_long_sequences_holds_a_bounded_number_of_scores(window):
+    config = dataclasses.replace(GQA, context=8192, sliding_window=window)
+    attend = lambda q, k, v: llama.attention(config, q, k, v, jnp.arange(8192), jnp.arange(8192))
+    pull = jax.grad(lambda *x: jnp.sum(attend(*x)), argnums=(0, 1, 2))
+    q, k = (jax.ShapeDtypeStruct((4, 8192, heads, config.head_dim), jnp.float32) for heads in (6, 2))
+    sizes = [jax.jit(f).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes for f in (attend, pull)]
+    one = 4 * llama.NUMBERS  # bytes; all scores are 24 times as many
+    assert sizes[0] < 4 * one and sizes[1] < 7 * one
+
+
 @every_config
 def test_changing_a_later_token_leaves_earlier_logits(config):
     params, tokens = make(config), sample(config)

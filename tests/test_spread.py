@@ -297,3 +297,32 @@ def test_moments_of_fewer_windows_than_shards_are_those_of_the_windows(place):
         for name in few:
             assert int(few[name].count) == 48
             np.testing.assert_array_equal(few[name].sum, one[name].sum)
+
+
+@pytest.mark.parametrize(("membership", "files", "expected"), [
+    ("0::/", {}, 9216),
+    ("0::/", {"memory.max": "max", "memory.current": 1000}, 9216),
+    ("0::/", {"memory.max": 5000, "memory.current": 1000}, 4000),
+    ("0::/", {"memory.max": 5000, "memory.current": 4900, "memory.stat": "anon 9\ninactive_file 3000\n"}, 3100),
+    ("0::/", {"memory.max": 5000, "memory.current": 6000}, 0),
+    ("0::/a/b", {"a/b/memory.max": "max", "a/b/memory.current": 7,
+                  "a/memory.max": 5000, "a/memory.current": 900}, 4100),
+    ("0::/host/name", {"memory.max": 5000, "memory.current": 1000}, 4000),  # a container that sees its own files alone
+    ("0::/../other", {"memory.max": 5000, "memory.current": 1000}, 4000),
+    ("4:cpu,memory:/a\n3:pids:/p\n1:name=systemd:/", {
+        "memory/a/memory.limit_in_bytes": 6000, "memory/a/memory.usage_in_bytes": 2000,
+        "memory/a/memory.stat": "inactive_file 5\ntotal_inactive_file 500\n"}, 4500),
+    ("4:memory:/docker/x", {"memory/memory.limit_in_bytes": 6000, "memory/memory.usage_in_bytes": 2000}, 4000),
+    ("4:memory:/", {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 2000}, 9216),
+    ("no such line", {"memory.max": 5000, "memory.current": 1000}, 9216),
+    (None, {"memory.max": 5000, "memory.current": 1000}, 9216),
+])
+def test_available_memory_is_what_the_machine_and_every_control_group_leave(tmp_path, membership, files, expected):
+    given = {f"groups/{name}": str(value) for name, value in files.items()}
+    given["proc/meminfo"] = "MemTotal: 20 kB\nMemAvailable:    9 kB\nHugePages_Total: 0\n"
+    given |= {} if membership is None else {"proc/self/cgroup": membership + "\n"}
+    for name, content in given.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert spread.available_memory(tmp_path / "proc", tmp_path / "groups") == expected
+    assert spread.available_memory(tmp_path / "nowhere", tmp_path / "groups") > 10**8  # all that there is

@@ -24,6 +24,7 @@ from caldera_jax.models import files, llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
 CHUNK = 2048  # tokens, or one window, whose streams through all blocks ``output_fisher`` keeps at a time
+BATCH = 8192  # tokens, or one window, that go through a block at once, whatever number of windows is asked for
 
 Streams = list[list[np.ndarray]]  # [windows of the shard, s, d] of each shard that this process has, by device
 
@@ -47,16 +48,21 @@ def forward(config: LlamaConfig, block: Mapping[str, Any], x: Float[Array | np.n
 
 
 def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4) -> None:
-    """Take the streams through one block, in place, ``batch`` windows at a time."""
+    """Take the streams through one block, in place, at most ``batch`` windows at a time."""
     block = dict(block)
 
     def run(shards):
         placed = jax.device_put(block)
         for shard in shards:
-            for i in range(0, len(shard), batch):
-                shard[i:i + batch] = forward(config, placed, shard[i:i + batch])
+            for part in _parts(shard, batch):
+                shard[part] = forward(config, placed, shard[part])
 
     spread.on_devices(run, streams)
+
+
+def _parts(shard, batch):
+    step = max(1, min(batch, BATCH // shard.shape[1]))
+    return [slice(i, i + step) for i in range(0, len(shard), step)]
 
 
 def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4,
@@ -74,10 +80,10 @@ def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Stre
 
     def observe(placed, shard):
         moments = _zero(config)
-        for i in range(0, len(shard), batch):
-            after, moments = _observe(config, placed, shard[i:i + batch], moments, cap)
+        for part in _parts(shard, batch):
+            after, moments = _observe(config, placed, shard[part], moments, cap)
             if advance:
-                shard[i:i + batch] = after
+                shard[part] = after
         return moments
 
     parts = [jax.device_put(part, jax.local_devices()[0]) for part in spread.on_devices(run, streams)]
@@ -272,12 +278,13 @@ def read_hessian(path: Path) -> Float[np.ndarray, "n n"]:
 @jax.default_matmul_precision("highest")
 def _pull_head(config, last, x, key):
     """Gradient of Σ_t log p(y_t) with respect to the last stream x [1, s, d], y_t drawn from the model."""
-    labels = jax.random.categorical(key, llama.head(config, last, x))
+    def likelihood(x, labels):
+        return jnp.take_along_axis(jax.nn.log_softmax(llama.head(config, last, x)), labels[..., None], -1)
 
-    def likelihood(x):
-        return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(llama.head(config, last, x)), labels[..., None], -1))
-
-    return jax.grad(likelihood)(x)
+    keys = jax.random.split(key, x.shape[:2]) if x.shape[1] * config.vocab > llama.NUMBERS else None
+    labels = (jax.random.categorical(key, llama.head(config, last, x)) if keys is None else llama.in_tiles(
+        lambda x, keys: jax.random.categorical(keys[0, 0], llama.head(config, last, x)), config.vocab, x, keys))
+    return jax.grad(lambda x: jnp.sum(llama.in_tiles(likelihood, config.vocab, x, labels)))(x)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

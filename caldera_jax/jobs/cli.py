@@ -18,8 +18,8 @@ from tqdm import tqdm
 from caldera_jax.allocate import UNITS
 from caldera_jax.hessian import CAP
 from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page, spread
+from caldera_jax.jobs.compress import Need, memory_need
 from caldera_jax.jobs.compress import compress as run_compress
-from caldera_jax.jobs.compress import memory_need
 from caldera_jax.jobs.finetune import finetune as run_finetune
 from caldera_jax.jobs.options import (
     Algorithm,
@@ -39,7 +39,6 @@ from caldera_jax.jobs.report import config_hash
 from caldera_jax.jobs.settings import recorded, weights
 from caldera_jax.levels import LevelConfig
 from caldera_jax.models import convert, data, files, tokenizer
-from caldera_jax.models.convert import Model as Loaded
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -103,8 +102,8 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
                         damping=algorithm.damping) if free else None
     estimate = {name: getattr(one_level, f"importance_{name}") for name in ("windows", "floor", "shrinkage")}
     config = override(
-        base, model=model, bos=texts.bos, token_cap=texts.token_cap, activations=texts.activations, blocks=blocks, seed=seed,
-        hessians=texts.hessians,
+        base, model=model, bos=texts.bos, token_cap=texts.token_cap, activations=texts.activations, blocks=blocks,
+        seed=seed, hessians=texts.hessians,
         caldera=override(base.caldera, rank=None if free else rank, q_bits=q_bits, factor_bits=factors,
                          **vars(algorithm)),
         bits=bits if megabytes is None else 1.0,  # until weights are counted
@@ -112,7 +111,9 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         importance=override(base.importance, **estimate),
         calibration=override(base.calibration, **tokens("calibration")),
         evaluation=override(base.evaluation, **tokens("evaluation")))
-    if start(workers, lambda: convert.load(model)):
+    windows = lambda of: (of.windows * len(data.named(of.text)), of.window)
+    calibrated = windows(config.calibration) if config.hessians is None else (0, 1)
+    if start(workers, lambda: memory_need(convert.load(model).config, calibrated, windows(config.evaluation))):
         return
     if megabytes is not None:
         config = dataclasses.replace(config, bits=8e6 * megabytes / weights(config, convert.load(model).config))
@@ -126,10 +127,10 @@ def _flags(options: dict[str, Any]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None)
 
 
-def start(workers: Workers, load: Callable[[], Loaded]) -> bool:
+def start(workers: Workers, need: Callable[[], Need]) -> bool:
     """Whether processes started here have done the work; if not, this one does it, or its part of it.
 
-    ``load`` tells how large the model is, and fails or fetches here, once, where the processes would do so each.
+    ``need`` reads the model, and fails or fetches here, once, where the processes would do so each.
     """
     processes = workers.processes
     if processes is not None and processes < 0:
@@ -137,7 +138,11 @@ def start(workers: Workers, load: Callable[[], Loaded]) -> bool:
     if workers.process_id is not None and workers.coordinator is None:
         raise ValueError("--process-id is for runs on several hosts: give --coordinator HOST:PORT, too")
     if workers.coordinator is None and processes != 0 and not (processes is None and spread.accelerated()):
-        fit = spread.available_memory() // memory_need(load().config)
+        (each, together), available = need(), spread.available_memory()
+        if (fit := (available - together) // each) < 1 and processes is None:
+            print(f"caldera: about {(each + together) / 1e9:.1f} GB of memory are needed, {together / 1e9:.1f} of them "
+                  f"for the streams of text, and {available / 1e9:.1f} are available: the system may end this run; "
+                  "fewer or shorter windows need less", file=sys.stderr)
         spread.launch(sys.argv[1:], processes or max(1, min(len(spread.cores()), fit, 8)))
         return True
     keep_programs()
@@ -330,8 +335,8 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
 
     Args:
         directory: of a compressed model, as compress wrote it.
-        text: enwiki or python (built in; the part that no run is calibrated on), a text file, a directory, or several
-            of these joined by +.
+        text: enwiki or python (built in; the part that no run is calibrated on), a text file, a .jsonl file (as
+            compress takes it), a directory, or several of these joined by +.
         windows: number of windows of text.
         window: tokens a window.
         context: tokens that a prediction may look back on, itself included; by default --window. With --tasks, the
@@ -356,16 +361,18 @@ def evaluate_(directory: Directory, text: str | None = None, windows: int | None
         return run_tasks(directory, tasks, task_files, limit, context, base)
     if task_files is not None or limit is not None:
         raise ValueError("--task-files and --limit are for tasks: name them with --tasks")
-    if start(workers, lambda: artifact.load(directory)):
-        return
     config = recorded(artifact.read_manifest(directory)["run"]["config"])
     ours, theirs = config.calibration, config.evaluation
     chosen = override(theirs, text=text, windows=windows, window=window)
-    model = artifact.load(directory)
     bos = config.bos if bos is None else bos
-    tokens = data.windows_beside(model, chosen, ours.text, "evaluation", bos)
     context = chosen.window if context is None else context
     stride = context - bos if stride is None else stride
+    count = chosen.windows * len(data.named(chosen.text)) * chosen.window
+    evaluated = 1 + max(0, count - context) // max(1, stride), max(2, context)
+    if start(workers, lambda: memory_need(artifact.load(directory).config, (0, 1), evaluated, 1 + base)):
+        return
+    model = artifact.load(directory)
+    tokens = data.windows_beside(model, chosen, ours.text, "evaluation", bos)
     if context > model.config.context:
         raise ValueError(f"a context of {context} tokens exceeds the model's, {model.config.context}: shorten it")
     views, scored = evaluate.sliding_windows(tokens[:, int(bos):].reshape(-1), context, stride,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,8 @@ def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:
         key, w, h = job.given(index, i)
         layer, trace = compress_matrix(key, w, h, caldera, path)
         error, *achieved = (float(x) for x in _errors(w, layer, h))
-    row = record(path, layer, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part) | job.peak(index, i)
+    row = record(path, layer, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part)
+    row |= job.peak(index, i)
     if chosen is not None:
         losses = ErrorModel(*([x] for x in achieved[:2]), *achieved[2:])
         (loss,) = allocate.damage(config.allocation, layer.shape, losses, chosen["fisher"])
@@ -207,14 +208,34 @@ def summary(config: RunConfig, origin: dict[str, Any], clocked: tuple[dict[str, 
             "peak_memory_bytes_of_all": memory}
 
 
-def memory_need(config: llama.LlamaConfig) -> int:
-    """About the peak memory of one process, bytes: JAX and its programs, embedding and logits, and what is more of: a
-    block, and what the layer with the most inputs works with; a block, its gradients, their squares and the rest of a
-    backward pass, and the streams of CHUNK tokens that enter every block."""
-    inputs = max(n for _, n in llama.shapes(config).values())
-    block = llama.block_weights(config)
-    layer, gradients = 3 * block + 16 * inputs**2, 5 * block + config.layers * calibration.CHUNK * config.dim
-    return 10**9 + 4 * (4 * config.vocab * config.dim + max(layer, gradients))
+class Need(NamedTuple):
+    """About so many bytes of memory, at the peak."""
+
+    each: int  # of every process
+    together: int  # divided among all
+
+
+def memory_need(config: llama.LlamaConfig, calibrated: tuple[int, int], evaluated: tuple[int, int],
+                models: int = 2) -> Need:
+    """Of a run over (windows, tokens of each) of both kinds, evaluating so many models at a time.
+
+    Of each process: JAX and its programs, embeddings and heads, and the most of: a block, and what the layer with the
+    most inputs works with; a block, the Moments of its inputs and a forward pass of a batch; a block, its gradients,
+    their squares and a backward pass of a window, and the streams of CHUNK tokens that enter every block; the logits
+    of a window.  Together: the residual streams.
+    """
+    inputs = [llama.shapes(config)[name][1] for name in llama.INPUT_OF]
+    block, window, width = llama.block_weights(config), max(calibrated[1], evaluated[1]), config.ffn_dim + config.dim
+    batch = max(window, min(4 * window, calibration.BATCH))
+    scores = lambda tokens: min(tokens * window * config.heads, llama.NUMBERS)
+    layer = 3 * block + 16 * max(inputs)**2
+    forward = block + 8 * sum(n**2 for n in set(inputs)) + 2 * scores(batch) + 4 * batch * width
+    backward = (5 * block + config.layers * max(calibration.CHUNK, window) * config.dim + 3 * scores(window)
+                + 6 * window * width)
+    logits = 4 * min(window * config.vocab, llama.NUMBERS)
+    each = 10**9 + 4 * (4 * config.vocab * config.dim + max(layer, forward, backward, logits))
+    held = min(evaluated[0], evaluate.group(config, evaluated[1], models))
+    return Need(each, 4 * config.dim * max(math.prod(calibrated), models * held * evaluated[1]))
 
 
 def texts(config: RunConfig, model: Model) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,8 @@ from caldera_jax.jobs.calibration import Streams
 from caldera_jax.models import llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
+STREAMS = 2**28  # numbers of the streams that all processes and models together hold at a time
+
 
 class Comparison(NamedTuple):
     """Of tokens 2 … s of each window, given those before them: the losses of the base p and of the other model q,
@@ -73,8 +75,7 @@ def token_losses(config: LlamaConfig, params: Params, windows: Int[np.ndarray, "
 
     On every process; float32, or float64 for a float64 embedding.  Raises as ``perplexity`` does.
     """
-    streams = _streams(config, params, windows, batch, title)
-    return _finite(_each(_losses, 1, config, [params], [streams], windows)[:, 0])
+    return _finite(_grouped(_losses, 1, config, [params], windows, batch, title)[:, 0])
 
 
 def compare(config: LlamaConfig, base: Params, params: Params, windows: Int[np.ndarray, "w s"], batch: int = 4,
@@ -82,15 +83,14 @@ def compare(config: LlamaConfig, base: Params, params: Params, windows: Int[np.n
     """Losses of both models, D_KL(base ‖ other) = Σ p (log p − log q) over the vocabulary, and top-1 agreement.
 
     Exactly zero and all true where the two are the same; what rounding takes below zero, some 1e-7, is cut off.  Block
-    by block, one model after the other, then the logits of one window at a time: 4 s v numbers for a vocabulary of v.
-    On every process.  Raises as ``perplexity`` does, and where the two are not of one shape.
+    by block, one model after the other, then the logits of one window at a time: 4 s v numbers for a vocabulary of v,
+    and at most about 4 ``llama.NUMBERS``.  On every process.  Raises as ``perplexity`` does, and where the two
+    are not of one shape.
     """
     if base["embed"].shape != params["embed"].shape or len(base["blocks"]) != len(params["blocks"]):
         raise ValueError(f"two models to compare have one vocabulary, width and depth; got {base['embed'].shape} and "
                          f"{params['embed'].shape}, {len(base['blocks'])} and {len(params['blocks'])} blocks")
-    models = [base, params]
-    streams = [_streams(config, model, windows, batch, title) for model in models]
-    found = _each(_compared, 4, config, models, streams, windows)
+    found = _grouped(_compared, 4, config, [base, params], windows, batch, title)
     return Comparison(*(_finite(found[:, i]) for i in range(3)), found[:, 3] == 1)
 
 
@@ -108,13 +108,34 @@ def mean(values: Float[np.ndarray, "w t"] | Bool[np.ndarray, "w t"],
     return float(m), float(error)
 
 
-def _streams(config, params, windows, batch, title) -> Streams:
-    """The residual streams that leave the last block."""
+def group(config: LlamaConfig, window: int, models: int = 1) -> int:
+    """How many windows go through all blocks before the next ones do: those whose streams are ``STREAMS``, and one for
+    each shard."""
+    return max(spread.SHARDS, STREAMS // (models * window * config.dim))
+
+
+def _grouped(function, count, config, models, windows, batch, title):
+    """What ``_each`` finds, of a group of windows after the other."""
     if windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of at least 2 tokens, got {windows.shape[1]}")
-    streams, quiet = calibration.embed(params, windows), title is None or spread.rank() > 0
-    for index, block in enumerate(tqdm(params["blocks"], title, disable=quiet, unit="block", leave=False)):
+    step = group(config, windows.shape[1], len(models))
+    parts = [windows[i:i + step] for i in range(0, len(windows), step)]
+    steps = len(parts) * sum(len(params["blocks"]) for params in models)
+    found = []
+    with tqdm(total=steps, desc=title, disable=title is None or spread.rank() > 0, unit="block", leave=False) as bar:
+        for part in parts:
+            streams = [_streams(config, params, part, batch, bar) for params in models]
+            found.append(_each(function, count, config, models, streams, part))
+            del streams  # before the next are made
+    return np.concatenate(found)
+
+
+def _streams(config, params, windows, batch, bar) -> Streams:
+    """The residual streams that leave the last block."""
+    streams = calibration.embed(params, windows)
+    for index, block in enumerate(params["blocks"]):
         calibration.run_block(config, block, streams, batch)
+        bar.update()
         if not all(np.isfinite(shard).all() for device in streams for shard in device):
             raise ValueError(f"blocks.{index}: its output holds NaN or infinite values: the weights overflow")
     return streams
@@ -153,23 +174,27 @@ def _each(function: Callable[..., Any], count: int, config: LlamaConfig, models:
 @jax.default_matmul_precision("highest")
 def _losses(config, models, hidden, tokens):
     """Negative log-likelihood of each predicted token, [1, s - 1]."""
-    return _loss(_logits(config, models[0], hidden[0]), tokens)
+    losses = lambda x, targets: _loss(_logits(config, models[0], x), targets)
+    return llama.in_tiles(losses, config.vocab, hidden[0][:, :-1], tokens[:, 1:])
 
 
 @partial(jax.jit, static_argnums=0)
 @jax.default_matmul_precision("highest")
 def _compared(config, models, hidden, tokens):
     """The fields of a Comparison, [4, s - 1]."""
-    p, q = (_logits(config, last, x) for last, x in zip(models, hidden, strict=True))
-    divergence = jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)
-    agree = (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(p.dtype)
-    return jnp.concatenate([_loss(p, tokens), _loss(q, tokens), divergence, agree])
+    def found(targets, *streams):
+        p, q = (_logits(config, last, x) for last, x in zip(models, streams, strict=True))
+        divergence = jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)
+        agree = (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(p.dtype)
+        return jnp.concatenate([_loss(p, targets), _loss(q, targets), divergence, agree])
+
+    return llama.in_tiles(found, config.vocab, tokens[:, 1:], *(x[:, :-1] for x in hidden))
 
 
 def _logits(config, last, hidden):
-    """Log-probabilities of every token at each position but the last, [1, s - 1, v]."""
-    return jax.nn.log_softmax(llama.head(config, last, hidden[:, :-1]))
+    """Log-probabilities of every token at each position, [1, s, v]."""
+    return jax.nn.log_softmax(llama.head(config, last, hidden))
 
 
-def _loss(logits, tokens):
-    return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+def _loss(logits, targets):
+    return -jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -4,7 +4,6 @@ What is trained and how it is differentiated is ``student``, the steps are ``tra
 to a directory.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,16 +121,14 @@ def labelled(model: Model, path: Path, window: int, first: Sequence[int] = ()) -
 
     Raises ValueError for a line that is not of this kind, or longer than the window, and for fewer than two classes.
     """
-    try:
-        lines = path.read_text("utf-8").split("\n")  # not splitlines: JSON's strings may hold other ends of lines
-        rows = {i + 1: json.loads(line) for i, line in enumerate(lines) if line.strip()}
-        texts, labels = [str(row["text"]) for row in rows.values()], [str(row["label"]) for row in rows.values()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: not a file of JSON lines {{"text": …, "label": …}} ({error})') from error
-    classes = sorted(set(labels))
-    tokens = [np.append(np.int32(first), tokenizer.encode(model.tokenizer, text)) for text in texts]
+    if not path.is_file():
+        raise ValueError(f'{path}: no file of JSON lines {{"text": …, "label": …}}')
+    rows = dict(data.json_lines(path, "text", "label"))
+    labels = [str(row["label"]) for row in rows.values()]
+    tokens = [np.append(np.int32(first), tokenizer.encode(model.tokenizer, row["text"])) for row in rows.values()]
     for ids in tokens:
         tokenizer.check(model.tokenizer, ids, model.config.vocab)
+    classes = sorted(set(labels))
     if len(classes) < 2:
         raise ValueError(f"{path}: {len(classes)} classes; two at least are needed")
     if bad := [(i, len(ids)) for i, ids in zip(rows, tokens, strict=True) if not len(first) < len(ids) <= window]:

@@ -92,8 +92,8 @@ def stream(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] 
     tokens begin with the same ones (sums over a longer cache may round otherwise).
 
     Cost: a step reads all weights once, and 2 b c g e numbers of keys and values a block, c being the longest prompt
-    plus the tokens asked for; the prompts take b h s c scores.  A sliding window does not shorten the cache.  All
-    weights are put on the device, packed ones packed.
+    plus the tokens asked for; the prompts take b h s c scores, and at most about ``llama.NUMBERS``.  A sliding
+    window does not shorten the cache.  All weights are put on the device, packed ones packed.
     Raises ValueError for no prompt, an empty one, one that leaves no room in the context or has tokens outside the
     vocabulary; while it runs, for logits that are not finite.
     """

@@ -273,12 +273,13 @@ _embed = jax.jit(llama.embed, static_argnums=0)
 @partial(jax.jit, static_argnums=0)
 @jax.default_matmul_precision("highest")
 def _scores(config, last, x: Float[Array, "b s d"], targets: Int[Array | np.ndarray, "b s"]):
-    """Log-probability of each target and whether it is the likeliest token, [b, s] each; one row's logits at a time."""
+    """Log-probability of each target and whether it is the likeliest token, [b, s] each; one row's logits at a time,
+    or some of them."""
 
-    def row(pair):
-        x, targets = pair
-        logits = jax.nn.log_softmax(llama.head(config, last, x[None])[0])
-        found = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    def score(x, targets):
+        logits = jax.nn.log_softmax(llama.head(config, last, x))
+        found = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return found, jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
 
-    return jax.lax.map(row, (x, targets))
+    row = lambda pair: llama.in_tiles(score, config.vocab, *(part[None] for part in pair))
+    return jax.tree.map(lambda a: a[:, 0], jax.lax.map(row, (x, targets)))

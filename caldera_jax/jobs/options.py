@@ -48,7 +48,8 @@ class Texts:
     """Of compress."""
 
     calibration_text: Str = None
-    """enwiki or python (built in), a text file, a directory of .txt and .md files, or several of these joined by +."""
+    """enwiki or python (built in), a text file, a .jsonl file ("text" of each line is a document; FILE.jsonl:FIELD for
+    another field), a directory of .txt, .md and .jsonl files, or several of these joined by +."""
     calibration_windows: Int = None
     """windows of calibration text, of each where there are several."""
     calibration_window: Int = None
@@ -124,8 +125,8 @@ class Data:
     """Of finetune."""
 
     text: Str = None
-    """enwiki or python (built in; the part that no run is evaluated on), a text file or a directory; with --goal
-    labels a file of JSON lines {"text": …, "label": …}."""
+    """enwiki or python (built in; the part that no run is evaluated on), a text file, a .jsonl file or a directory;
+    with --goal labels a file of JSON lines {"text": …, "label": …}."""
     windows: Int = None
     """of text, those for validation included; with --goal labels all lines are taken."""
     window: Int = None

@@ -85,8 +85,8 @@ class RunConfig:
         if self.allocation not in get_args(allocate.Rule):
             raise ValueError(f"allocation must be one of {', '.join(get_args(allocate.Rule))}; got {self.allocation!r}")
         if not (self.token_cap == 0 or 1 <= self.token_cap < math.inf):
-            raise ValueError("token_cap times the median one is the largest squared norm that a token counts with: give "
-                             f"1 or more, or 0 for no cap; got {self.token_cap}")
+            raise ValueError("token_cap times the median is the largest squared norm that a token counts with: give 1 "
+                             f"or more, or 0 for no cap; got {self.token_cap}")
         if self.bits is not None and not 0 < self.bits < math.inf:
             raise ValueError(f"a budget of {self.bits} bits a weight cannot be met: give a positive number")
         if self.level is None and self.c is not None or self.level is not None and (

@@ -255,13 +255,46 @@ def accelerated() -> bool:
     return any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
-def available_memory() -> int:
-    """Bytes of memory that could be used now (all there is, off Linux)."""
+def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that could be used now, of the machine's and of what the control groups that this process is in
+    (those of a container, say) may use: whichever has least.  All that the machine has, off Linux."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        machine = 1024 * _numbers(proc / "meminfo")["MemAvailable:"]
+    except (OSError, KeyError):
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        rows = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        return machine
+    left = [machine]
+    for _, controllers, name in (row for row in rows if len(row) == 3):
+        version = 1 if "memory" in controllers.split(",") else 2 if not controllers else None
+        if version is not None:
+            own = Path(name.lstrip("/"))  # as the machine sees it: in a container the files may lie at the top
+            left += [_left(groups / ("memory" if version == 1 else "") / place, version)
+                     for place in (own, *own.parents)]
+    return max(0, min(some for some in left if some is not None))
+
+
+def _left(group, version):
+    """Bytes that a control group may still use; None for one without a limit.  Cached files that were not read lately
+    give way."""
+    most, used, cache = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+                         ("memory.max", "memory.current", "inactive_file"))[version - 1]
+    try:
+        limit, current = (int((group / name).read_text()) for name in (most, used))
+    except (OSError, ValueError):  # the limit of v2 may be "max"
+        return None
+    try:
+        return limit - current + _numbers(group / "memory.stat").get(cache, 0)
+    except OSError:
+        return limit - current
+
+
+def _numbers(path):
+    """The first number of each line, by the word before it."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def cores() -> list[int]:

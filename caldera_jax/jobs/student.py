@@ -188,20 +188,28 @@ class Entering(NamedTuple):
 def soft_loss(teacher: Float[Array, "*b v"], student: Float[Array, "*b v"],
               temperature: float | Array) -> Float[Array, ""]:
     """T² KL(softmax(teacher / T) ‖ softmax(student / T)), mean over tokens, nats (arXiv 1503.02531)."""
+    return temperature**2 * jnp.mean(_soft_losses(teacher, student, temperature))
+
+
+def _soft_losses(teacher, student, temperature):
     p, q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
-    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def _head_loss(config, train, lanes, last, classifier, x, batch):
     """Mean loss over the windows, ``lanes`` of them at a time (one a device): logits of more never exist."""
+    head = partial(llama.head, config, last)
+
     def of_window(x, batch):
         if train.goal == "labels":
             stream = llama.rms_norm(x[None], last["norm"], config.norm_eps)[0, batch.lengths - 1]
             return -jax.nn.log_softmax(classifier.astype(x.dtype) @ stream)[batch.labels]
-        logits = llama.head(config, last, x[None])[0]
         if train.goal == "distill":
-            return soft_loss(llama.head(config, last, batch.teacher[None])[0], logits, train.temperature)
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), batch.tokens[1:, None], axis=-1))
+            distances = lambda x, teacher: _soft_losses(head(teacher), head(x), train.temperature)
+            return train.temperature**2 * jnp.mean(llama.in_tiles(distances, config.vocab, x[None],
+                                                                  batch.teacher[None]))
+        right = lambda x, labels: jnp.take_along_axis(jax.nn.log_softmax(head(x)), labels[..., None], axis=-1)
+        return -jnp.mean(llama.in_tiles(right, config.vocab, x[None], jnp.roll(batch.tokens, -1)[None])[:, :-1])
 
     apart = lambda a: a.reshape(lanes, -1, *a.shape[1:]).swapaxes(0, 1)
     each = jax.checkpoint(jax.vmap(of_window))

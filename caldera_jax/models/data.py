@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -34,12 +34,17 @@ from caldera_jax.models import tokenizer as tokenizers
 from caldera_jax.models.weights import Model
 
 SEPARATOR = "\n\n\n"  # between documents, before they are tokenized
+LINES = (".jsonl", ".ndjson")
+REMEDIES = {  # of files that are no plain text
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".docx"),
+                    'write its texts to a file ending in .jsonl, one {"text": …} a line'),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z"), "unpack it first"),
+}
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """``windows`` windows of ``window`` tokens of a built-in text, a file or a directory; of each of several joined by
-    +."""
+    """``windows`` windows of ``window`` tokens of what ``load_text`` takes; of each of several joined by +."""
 
     text: str = "enwiki"
     windows: int = 64
@@ -87,23 +92,36 @@ def fetch_text(name: str) -> Path:
 
 
 def load_text(name_or_path: str | Path) -> list[str]:
-    """Documents of a built-in text, of one text file, or of a directory's .txt and .md files (by path, recursively).
+    """Documents of a built-in text, of one file, or of a directory's .txt, .md and .jsonl files (by path, recursively).
 
-    Raises ValueError for anything else, and for files that are empty, binary or not UTF-8.
+    A text file is one document.  Of a .jsonl file (or .ndjson) each line is: its field ``text``, or that of another
+    name in FILE:NAME (or DIRECTORY:NAME, of .jsonl files alone); blank ones are left out.
+    Raises ValueError for anything else, and for files that are empty, binary, not UTF-8 or of a kind in ``REMEDIES``.
     """
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    name, (path, field) = str(name_or_path), _located(name_or_path)
     if name == "python":
         return [text for text in json.loads(fetch_text(name).read_bytes()) if len(text) > LEAST]
     if name in TEXTS:
         return list(_articles(fetch_text(name)))
     if path.is_file():
-        return [_read(path)]
+        return _documents(path, field)
     if not path.is_dir():
-        raise ValueError(f"unknown text {name!r}. Accepted: {', '.join(TEXTS)} (built in), a text file, or a directory")
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
-    if not files:
-        raise ValueError(f"{path}: no .txt or .md file in this directory")
-    return [_read(p) for p in files]
+        raise ValueError(f"unknown text {name!r}. Accepted: {', '.join(TEXTS)} (built in), a text file, a .jsonl file "
+                         "(FILE.jsonl:FIELD for another field than text), or a directory")
+    found = sorted(p for p in path.rglob("*") if p.is_file())
+    if files := [p for p in found if p.suffix.lower() in (".txt", ".md", *LINES)]:
+        return [document for p in files for document in _documents(p, field)]
+    others = next((f"; of {p.name}: {REMEDIES[p.suffix.lower()]}" for p in found if p.suffix.lower() in REMEDIES), "")
+    raise ValueError(f"{path}: no .txt, .md or .jsonl file in this directory{others}")
+
+
+def _located(name):
+    """The path of a name, and the field where one is named behind it."""
+    path = Path(name).expanduser()
+    before, colon, field = str(name).rpartition(":")
+    if colon and not path.exists() and (whole := Path(before).expanduser()).exists():
+        return whole, field
+    return path, None
 
 
 def split(documents: Sequence[str], evaluation_fraction: float = 0.25) -> tuple[list[str], list[str]]:
@@ -158,7 +176,10 @@ def token_windows(
 
 def same_text(one: str, other: str) -> bool:
     """Whether two names are of one text: a built-in's, or paths to one place."""
-    place = lambda name: Path(name).expanduser().resolve()
+    def place(name):
+        path, field = _located(name)
+        return path.resolve(), field or "text"
+
     return one == other or (one not in TEXTS and other not in TEXTS and place(one) == place(other))
 
 
@@ -267,6 +288,47 @@ def _sha256(path: Path) -> str:
 
 
 # ---- text
+
+
+def _documents(path: Path, field: str | None) -> list[str]:
+    if (kind := path.suffix.lower()) in REMEDIES:
+        raise ValueError(f"{path}: {kind} files are not read as text: {REMEDIES[kind]}")
+    if kind not in LINES:
+        if field is not None:
+            raise ValueError(f"{path}: only the lines of a .jsonl file have fields, and {field!r} is asked for: leave "
+                             f":{field} out")
+        return [_read(path)]
+    field = "text" if field is None else field
+    texts = [row[field] for _, row in json_lines(path, field)]
+    if not any(map(str.strip, texts)):
+        raise ValueError(f"{path}: the file is empty")
+    return [text for text in texts if text.strip()]
+
+
+def json_lines(path: Path, *fields: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(its number, its object) of each line of JSON; blank lines are none.
+
+    Raises ValueError, naming the line, for one without these fields, the first of which is a text.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):  # ends at \n alone: JSON's strings may hold other ends of lines
+            if line.strip():
+                yield number, _object(line, fields, f"{path}, line {number}")
+
+
+def _object(line, fields, where):
+    like = ", ".join(f'"{field}": …' for field in fields)
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)}); each line is {{{like}}}") from error
+    has = row if isinstance(row, dict) else {}
+    if missing := [field for field in fields if field not in has]:
+        other = "; another one is named as in FILE.jsonl:FIELD" if len(fields) == 1 else ""
+        raise ValueError(f"{where}: no field {missing[0]!r}, but {', '.join(map(repr, has)) or 'none at all'}{other}")
+    if not isinstance(text := row[fields[0]], str) or re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{where}: {fields[0]!r} is no text, but {json.dumps(text)[:60]}")
+    return row
 
 
 def _read(path: Path) -> str:

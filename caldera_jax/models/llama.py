@@ -11,7 +11,9 @@ Activations are float32 (float64 for a float64 embedding), whatever narrower typ
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,8 @@ from caldera_jax.linear import apply
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "up", "up": "up", "down": "down"}
+
+NUMBERS = 2**26  # scores or logits that are held at once: of longer sequences those of some positions at a time
 
 Params = dict[str, Any]
 
@@ -162,6 +166,20 @@ def rope(config: LlamaConfig, x: Float[Array, "b s h e"], positions: Int[Array, 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def in_tiles(function: Callable[..., Any], size: int, *arrays: Array) -> Any:
+    """function(*arrays), whose arrays, and those it returns, have positions on their second axis and do not mix them.
+
+    Where it works with ``size`` numbers a position and these are more than ``NUMBERS`` together, some positions at a
+    time, in the backward pass, too, which computes each tile anew.
+    """
+    tile = max(1, NUMBERS // size)
+    if arrays[0].shape[1] <= tile:
+        return function(*arrays)
+    at = lambda rows: jax.tree.map(lambda a: a[:, 0], function(*(row[:, None] for row in rows)))
+    rows = tuple(jnp.moveaxis(a, 1, 0) for a in arrays)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(jax.checkpoint(at), rows, batch_size=tile))
+
+
 def attention(
     config: LlamaConfig,
     q: Float[Array, "b s h e"],
@@ -170,11 +188,17 @@ def attention(
     positions: Int[Array, "*b s"],
     key_positions: Int[Array, " c"],
 ) -> Float[Array, "b s h*e"]:
-    """softmax(q kᵀ / sqrt(e)) v, causal; query head i reads key head i // (h / g). Memory b·h·s·c scores."""
+    """softmax(q kᵀ / sqrt(e)) v, causal; query head i reads key head i // (h / g). Memory b·h·s·c scores, or about
+    ``NUMBERS`` where these are more."""
+    attend = partial(_attend, config, k, v, key_positions)
+    return in_tiles(attend, len(q) * config.heads * k.shape[1], q, jnp.atleast_2d(positions))
+
+
+def _attend(config, k, v, key_positions, q, positions):
     b, s, h, e = q.shape
     q = q.reshape(b, s, config.kv_heads, h // config.kv_heads, e)
     scores = jnp.einsum("bqgre,bkge->bgrqk", q, k) / math.sqrt(e)
-    distance = jnp.atleast_2d(positions)[:, :, None] - key_positions[None, None]
+    distance = positions[:, :, None] - key_positions[None, None]
     seen = distance >= 0
     if config.sliding_window is not None:
         seen &= distance < config.sliding_window
