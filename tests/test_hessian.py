@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from caldera_jax import hessian
+from caldera_jax import CalderaConfig, compress_matrix, hessian, relative_error
 from caldera_jax.jobs import calibration
 from caldera_jax.ldlq import descent_feedback
 
@@ -18,8 +18,8 @@ FACTOR = jax.jit(hessian.factor, static_argnums=(1, 2))
 MERGE = jax.jit(hessian.merge)
 
 
-def _moments(x, dtype=np.float64):
-    return hessian.update(hessian.zero(x.shape[-1], dtype), jnp.asarray(x, dtype))
+def _moments(x, dtype=np.float64, cap=hessian.CAP):
+    return hessian.update(hessian.zero(x.shape[-1], dtype), jnp.asarray(x, dtype), cap)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,11 +51,43 @@ def test_merging_is_associative_to_rounding_and_zero_is_neutral():
         np.testing.assert_array_equal(field, other)
 
 
+def test_a_token_beyond_the_cap_counts_as_one_of_that_norm_and_others_as_they_are():
+    x = np.random.default_rng(0).normal(size=(3, 40, 6))
+    x[1, 0] *= 1e3
+    norms = np.sum(x * x, axis=2)
+    peak = norms[1, 0] / np.median(norms[1])
+    m = _moments(x)
+    np.testing.assert_allclose(m.peak, peak, rtol=1e-12)
+    np.testing.assert_array_equal(_moments(x, cap=1.01 * peak).sum, _moments(x, cap=np.inf).sum)
+    x[1, 0] *= np.sqrt(hessian.CAP / peak)
+    np.testing.assert_allclose(m.mean(), np.einsum("wti,wtj->ij", x, x) / 120, rtol=1e-12)
+
+
+@pytest.mark.parametrize("x", [np.zeros((4, 3)), np.eye(4, 3)[[0, 3, 3, 3]], np.ones((1, 3)), np.ones(3)])
+def test_where_most_tokens_are_zero_or_there_is_but_one_none_is_capped(x):
+    np.testing.assert_array_equal(_moments(x).sum, np.atleast_2d(x).T @ np.atleast_2d(x))
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_one_massive_token_leaves_the_others_about_as_well_kept_as_without_data(rank):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(512, 64)).astype(np.float32), rng.normal(size=(96, 64)).astype(np.float32)
+    x[0] *= 1e4
+    config = CalderaConfig(rank=rank, outer_iterations=3)
+
+    def others(h):
+        found = compress_matrix(jax.random.key(0), w, h, config)[0].dense()
+        return float(relative_error(w, found, x[1:].T @ x[1:]))
+
+    whole = _moments(x, np.float32, np.inf).mean()
+    assert others(_moments(x, np.float32).mean()) < min(1.04 * others(np.eye(64, dtype=np.float32)), others(whole))
+
+
 @pytest.mark.parametrize("merge", [hessian.merge, MERGE])
 def test_a_sum_that_plain_float32_loses_is_kept(merge):
     """2^24 + 1 = 2^24 in float32: two thousand single tokens after a large batch would vanish."""
     total = hessian.Moments(jnp.full((1, 1), 2.0**24, jnp.float32), jnp.zeros((1, 1), jnp.float32),
-                            jnp.zeros((), jnp.int32))
+                            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
     one = _moments(np.ones((1, 1)), np.float32)
     plain = total.sum
     for _ in range(200):
@@ -68,7 +100,8 @@ def test_a_random_float32_sum_is_exact_to_one_rounding():
     grams = np.exp(np.random.default_rng(0).normal(size=(3000,)) * 8).astype(np.float32)
 
     def add(total, gram):
-        one = hessian.Moments(gram[None, None], jnp.zeros((1, 1), jnp.float32), jnp.int32(1))
+        one = hessian.Moments(gram[None, None], jnp.zeros((1, 1), jnp.float32), jnp.int32(1),
+                              jnp.zeros((), jnp.float32))
         return hessian.merge(total, one), None
 
     total = jax.jit(lambda g: jax.lax.scan(add, hessian.zero(1), g)[0])(jnp.asarray(grams))
