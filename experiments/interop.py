@@ -20,7 +20,8 @@ from caldera_jax.models import convert, files, llama, tokenizer
 
 RESULT = Path(__file__).parent / "results" / "interop.json"
 TEXTS = ("The quick brown fox jumps over the lazy dog.", "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.",
-         "def f(x):\n    return 3.14159 * x  # 1234567\n", "It's  spaced\t\tout ,\n\n\nisn't it?", "日本語のテキスト 🙂 και ελληνικά",
+         "def f(x):\n    return 3.14159 * x  # 1234567\n", "It's  spaced\t\tout ,\n\n\nisn't it?",
+         "日本語のテキスト 🙂 και ελληνικά",
          "<|im_start|>user\nWho wrote Hamlet?<|im_end|>\n<|im_start|>assistant\n")
 MOST = 1e-3  # difference of a probability
 

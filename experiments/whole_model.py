@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import drawing
+from machinery import TOKEN_CAP
 
 from caldera_jax.jobs.presets import PRESETS
 from caldera_jax.jobs.settings import RunConfig, recorded
@@ -46,7 +47,8 @@ def config(name: str) -> RunConfig:
     own = changes(name)
     activations = own.pop("activations", "dense")
     base = PRESETS["default"]
-    return replace(base, model="smollm2-135m", caldera=replace(base.caldera, **own), activations=activations)
+    return replace(base, model="smollm2-135m", caldera=replace(base.caldera, **own), activations=activations,
+                   token_cap=TOKEN_CAP)
 
 
 def path_of(name: str) -> Path:
@@ -72,7 +74,7 @@ def run(name: str) -> None:
     out = WORK / name
     flags = [word for field, value in changes(name).items() for word in (f"--{field.replace('_', '-')}", str(value))]
     subprocess.run([sys.executable, "-m", "caldera_jax.jobs.cli", "compress", "smollm2-135m", "--out", str(out),
-                    "--moments", str(WORK / "moments"), *flags], check=True)
+                    "--moments", str(WORK / "moments"), "--token-cap", str(TOKEN_CAP), *flags], check=True)
     files.write_json(path_of(name), files.read_json(out / "report.json"))
     shutil.rmtree(out)  # most of it the dense embedding
 
