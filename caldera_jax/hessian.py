@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-CAP = 1000.0  # times the median squared norm of a window's tokens
+CAP = 1e4  # times the median squared norm of a window's tokens
 
 
 class Moments(NamedTuple):
@@ -37,7 +37,7 @@ def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Arr
     A token whose squared norm exceeds ``cap`` times its window's median counts as one of that norm (inf: as it is).
     Models have tokens, mostly the first of a text, with 10³ to 10⁵ times the others' (2402.17762).  Whole, one fills H:
     damping then drowns all others.  Cut down to the others' size it is rounded too coarsely for the attention that
-    rests on it.  A cap of 10² to 10⁴ keeps both.
+    rests on it.  10⁴ keeps both.
     """
     rows = jnp.atleast_2d(x).astype(moments.sum.dtype)
     norms = jnp.sum(rows * rows, axis=-1, keepdims=True)

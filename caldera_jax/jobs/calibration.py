@@ -302,7 +302,7 @@ def _pull(config, block, x, pulled, squares, inputs):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 @jax.default_matmul_precision("highest")
-def _observe(config: LlamaConfig, block: Params, x: Array, moments: dict[str, Moments], cap: float):
+def _observe(config: LlamaConfig, block: Params, x: Array, moments: dict[str, Moments], cap: Float[Array, ""]):
     y, inputs = llama.block(config, block, x, jnp.arange(x.shape[1]))
     return y, {name: hessian.update(moments[name], inputs[name], cap) for name in moments}
 
