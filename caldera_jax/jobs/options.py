@@ -80,7 +80,7 @@ class Level:
     """Of compress, with --bits, --megabytes or --level: every weight has a rate of its own."""
 
     states: Int = None
-    """of the trellis: 1 (scalar), 4, 8, 16, 32 (the default), 64, 128 or 256; more take longer and lose less."""
+    """of the trellis: 1 (scalar), 4, 8, 16, 32, 64 (the default), 128 or 256; more take longer and lose less."""
     bit_price: Float = None
     """squared steps that a bit must save; left out: what is best at high rates."""
     importance_windows: Int = None
