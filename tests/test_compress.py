@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from caldera_jax import CalderaConfig, linear
+from caldera_jax import CalderaConfig, hessian, linear
 from caldera_jax.jobs import artifact, calibration, cli, evaluate, explain, facts, finetune, report
 from caldera_jax.jobs import compress as compress_module
 from caldera_jax.jobs.compress import compress, memory_need
@@ -290,6 +290,28 @@ def test_moments_are_the_second_moments_of_each_layers_input(source, config):
             rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
             assert int(moments[name].count) == len(rows) == tokens.size
             np.testing.assert_allclose(moments[name].mean(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activations", ["dense", "compressed"])
+def test_how_much_one_token_counts_is_the_runs_choice(config, activations, tmp_path):
+    """With a cap of 1 half of each window's tokens are cut down; 0 is no cap, and so is one above the peak."""
+    made = {}
+    for cap in (0.0, 1.0, hessian.CAP):
+        chosen = dataclasses.replace(config, token_cap=cap, activations=activations)
+        made[cap] = compress(chosen, tmp_path / f"{cap}", tmp_path / "moments")["layers"]
+    assert all(1 < row["peak"] < hessian.CAP for rows in made.values() for row in rows)
+    errors = {cap: [row["error"] for row in rows] for cap, rows in made.items()}
+    assert errors[0.0] == errors[hessian.CAP] and errors[1.0][0] != errors[0.0][0]
+
+
+def test_a_massive_token_is_named(finished):
+    row = json.loads(json.dumps(finished[1]))
+    assert "massive" not in cli.table(row)
+    row["layers"][6]["peak"], row["layers"][9]["peak"] = 331042.2, 20815.0
+    assert ("massive token     blocks.0.down: 3.31e+05 times the median squared norm, counted as 10000 times (2 layers "
+            "have such tokens)") in cli.table(row)
+    row["config"]["token_cap"] = 0.0
+    assert "counted whole" in cli.table(row)
 
 
 def test_spilled_moments_are_read_again_and_change_no_byte(finished, config, tmp_path, monkeypatch):
