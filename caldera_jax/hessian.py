@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-CAP = 1e4  # times the median squared norm of a window's tokens
+MASSIVE = 1e3  # times the median squared norm of its window's tokens: a token that outweighs all others in H
 
 
 class Moments(NamedTuple):
@@ -31,13 +31,13 @@ def zero(n: int, dtype=jnp.float32) -> Moments:
     return Moments(jnp.zeros((n, n), dtype), jnp.zeros((n, n), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
 
 
-def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Array, ""] = CAP) -> Moments:
+def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Array, ""] = jnp.inf) -> Moments:
     """Add the outer products of the tokens in x, whose last axis but one is a window; O(tokens n²).
 
     A token whose squared norm exceeds ``cap`` times its window's median counts as one of that norm (inf: as it is).
-    Models have tokens, mostly the first of a text, with 10³ to 10⁵ times the others' (2402.17762).  Whole, one fills H:
-    damping then drowns all others.  Cut down to the others' size it is rounded too coarsely for the attention that
-    rests on it.  10⁴ keeps both.
+    Models have tokens, mostly the first of a text, with 10³ to 10⁵ times the others' (2402.17762).  One such token
+    fills H, whose damping then drowns the others; a cap of 100 gives these their due.  It is no default because
+    attention rests on the massive token, and a capped model diverged more (experiments/README.md, One level).
     """
     rows = jnp.atleast_2d(x).astype(moments.sum.dtype)
     norms = jnp.sum(rows * rows, axis=-1, keepdims=True)

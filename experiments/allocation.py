@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from drawing import axes
-from machinery import TOKEN_CAP, Experiment, Result, decide, source, with_interval
+from machinery import Experiment, Result, decide, source, with_interval
 from perplexity import moments
 
 from caldera_jax import CalderaConfig
@@ -50,8 +50,7 @@ def measure(config: Config) -> Result:
     """Compress the whole model under the budget, in a directory that is then dropped."""
     tokens = Tokens(windows=config.windows, window=config.window)
     chosen = RunConfig(source(config.model), config.caldera, tokens, Tokens(windows=32, window=config.window),
-                       seed=config.seed, bits=config.bits, token_cap=TOKEN_CAP,
-                       **{"allocation": config.rule, **RULES[config.rule]})
+                       seed=config.seed, bits=config.bits, **{"allocation": config.rule, **RULES[config.rule]})
     with TemporaryDirectory() as folder:
         found = compress(chosen, Path(folder) / "out", Path(moments().name))
     kept = ("base_perplexity", "compressed_perplexity", "bits_per_weight", "mean_layer_error")

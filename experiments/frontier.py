@@ -5,7 +5,6 @@ is trained, and all that must be stored to rebuild those weights is counted (``b
 The embedding stays dense.  A seed sets the calibration tokens, the same for all methods, and what is random.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -130,8 +129,7 @@ def statistics(name: str, windows: int, window: int, seed: int, part: str) -> Pa
     folder = WORK / machinery.fingerprint(name)[:12] / f"{part}_{windows}_{window}_{seed}"
     with machinery.claimed(folder / "moments", wait=True):
         if not compress.calibrated(folder, model.config.layers):
-            own = tokens(name, windows, window, seed, part)
-            for found in calibration.collect(model.config, model.params, own, cap=math.inf):  # machinery.TOKEN_CAP
+            for found in calibration.collect(model.config, model.params, tokens(name, windows, window, seed, part)):
                 calibration.spill(folder, *found)
     return folder
 
@@ -236,8 +234,7 @@ def levelled(config: Config, held_out: Path, bits: float) -> tuple[llama.Params,
     layers' errors on held-out text."""
     model, data_of = machinery.model(config.model), (config.model, config.windows, config.window)
     own = tokens(*data_of, config.seed, "calibration"), tokens(*data_of, 0, "evaluation")[:1]
-    asked = RunConfig(machinery.source(config.model), bits=bits, level=LevelConfig(), seed=config.seed,
-                      token_cap=machinery.TOKEN_CAP)
+    asked = RunConfig(machinery.source(config.model), bits=bits, level=LevelConfig(), seed=config.seed)
     with TemporaryDirectory() as folder, patch.object(compress, "texts", lambda *_: own):
         found = compress.compress(asked, out := Path(folder) / "out", WORK / "level")
         blocks = [dict(block) | {name: np.asarray(block[name].dense()) for name in llama.LINEARS}

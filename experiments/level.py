@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from drawing import axes
-from machinery import TOKEN_CAP, Experiment, Result, decide, model, source, with_interval
+from machinery import Experiment, Result, decide, model, source, with_interval
 from perplexity import moments
 
 from caldera_jax import LevelConfig, incoherence, levels, linear
@@ -111,7 +111,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "importance as estimated": {"importance": Importance(floor=0.0, shrinkage=0.0)}, "importance on python": {},
     "16 windows of text": {"calibration": 16}, "on python": {"text": "python"},
     "on both texts": {"text": "enwiki+python"},
-    **{f"tokens capped at {cap}": {"token_cap": float(cap)} for cap in (10, 1000, 10000)},
+    "tokens capped at 10000": {"token_cap": 1e4},
 }
 
 
@@ -145,7 +145,7 @@ def runs(preset: str) -> list[Config]:
 
 def run_config(config: Config) -> RunConfig:
     """The whole of it."""
-    own = {"level": LevelConfig(), "token_cap": TOKEN_CAP, **SETTINGS[config.part]}
+    own = {"level": LevelConfig(), **SETTINGS[config.part]}
     text, windows = own.pop("text", "enwiki"), min(own.pop("calibration", config.windows), config.windows)
     return RunConfig(source(config.model), calibration=Tokens(text, windows, config.window),
                      evaluation=Tokens("enwiki", min(32, config.windows), config.window), bits=config.bits,

@@ -24,8 +24,6 @@ from caldera_jax.models import convert, data, files
 
 Result = dict[str, Any]
 
-TOKEN_CAP = 0.0  # every token counts whole, as when the records were made; level.py measures what a cap changes
-
 
 @dataclass(frozen=True)
 class Experiment:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import whole_model
 from drawing import axes
-from machinery import TOKEN_CAP, Experiment, Result, decide, interval, source, with_interval
+from machinery import Experiment, Result, decide, interval, source, with_interval
 
 from caldera_jax import CalderaConfig
 from caldera_jax.jobs.compress import compress
@@ -59,7 +59,7 @@ def measure(config: Config) -> Result:
     """Compress the whole model, in a directory that is then dropped; what ``compress`` reports, as ``MEASURED``, and
     as ``trace`` (not in older records) the mean over layers of their errors after each half step."""
     tokens = Tokens(windows=config.windows, window=config.window)
-    chosen = RunConfig(source(config.model), config.caldera, tokens, tokens, seed=config.seed, token_cap=TOKEN_CAP)
+    chosen = RunConfig(source(config.model), config.caldera, tokens, tokens, seed=config.seed)
     with TemporaryDirectory() as folder:
         found = compress(chosen, Path(folder) / "out", Path(moments().name))
     trace = np.mean([row["half_step_errors"] for row in found["layers"]], axis=0).tolist()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import drawing
-from machinery import TOKEN_CAP
 
 from caldera_jax.jobs.presets import PRESETS
 from caldera_jax.jobs.settings import RunConfig, recorded
@@ -47,8 +46,7 @@ def config(name: str) -> RunConfig:
     own = changes(name)
     activations = own.pop("activations", "dense")
     base = PRESETS["default"]
-    return replace(base, model="smollm2-135m", caldera=replace(base.caldera, **own), activations=activations,
-                   token_cap=TOKEN_CAP)
+    return replace(base, model="smollm2-135m", caldera=replace(base.caldera, **own), activations=activations)
 
 
 def path_of(name: str) -> Path:
@@ -74,7 +72,7 @@ def run(name: str) -> None:
     out = WORK / name
     flags = [word for field, value in changes(name).items() for word in (f"--{field.replace('_', '-')}", str(value))]
     subprocess.run([sys.executable, "-m", "caldera_jax.jobs.cli", "compress", "smollm2-135m", "--out", str(out),
-                    "--moments", str(WORK / "moments"), "--token-cap", str(TOKEN_CAP), *flags], check=True)
+                    "--moments", str(WORK / "moments"), *flags], check=True)
     files.write_json(path_of(name), files.read_json(out / "report.json"))
     shutil.rmtree(out)  # most of it the dense embedding
 

@@ -63,8 +63,7 @@ def measure(config: Config) -> dict:
     rows, alone = [], {}
     for c in config.levels:
         run = RunConfig(config.model, calibration=Tokens(windows=config.windows), evaluation=Tokens(windows=16), c=c,
-                        level=LevelConfig(config.states), importance=Importance(config.windows), seed=config.seed,
-                        token_cap=0.0)  # every token whole
+                        level=LevelConfig(config.states), importance=Importance(config.windows), seed=config.seed)
         with TemporaryDirectory() as folder:
             found = compress(run, Path(folder) / "out", Path(_moments.name))
             by_kind = {kind: sum(r["predicted_damage"] for r in found["layers"] if r["path"].endswith(f".{kind}"))

@@ -5,6 +5,7 @@ are divided into ``spread.SHARDS``; each process has the streams of its own, and
 fixed tree, so that they are the same however the shards are spread.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,7 @@ def _parts(shard, batch):
 
 
 def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4,
-                    advance: bool = True, cap: float = hessian.CAP) -> dict[str, Moments]:
+                    advance: bool = True, cap: float = math.inf) -> dict[str, Moments]:
     """The Moments of a block's four inputs over all windows, by the names of ``llama.INPUT_OF``; on every process.
 
     Layers with the same input share them: q, k, v and gate, up.  ``advance``: take the streams through the block, in
@@ -105,7 +106,7 @@ def _over_processes(own: Moments) -> Moments:
 
 
 def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], blocks: int | None = None,
-            sequential: bool = False, cap: float = hessian.CAP) -> Iterator[tuple[int, dict[str, Moments]]]:
+            sequential: bool = False, cap: float = math.inf) -> Iterator[tuple[int, dict[str, Moments]]]:
     """(block index, Moments of its inputs), one block after the other, of the first ``blocks`` blocks (None: all).
 
     ``sequential``: the caller replaces ``params["blocks"][index]`` before it asks for the next block, whose inputs are

@@ -16,7 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from caldera_jax.allocate import UNITS
-from caldera_jax.hessian import CAP
+from caldera_jax.hessian import MASSIVE
 from caldera_jax.jobs import artifact, evaluate, explain, export, generate, page, spread
 from caldera_jax.jobs.compress import Need, memory_need
 from caldera_jax.jobs.compress import compress as run_compress
@@ -187,7 +187,7 @@ def table(r: dict[str, Any]) -> str:
 def massive_lines(r: dict[str, Any]) -> list[str]:
     """The inputs in which one token outweighs all others."""
     cap = r["config"].get("token_cap", 0.0)
-    found = {row["path"]: row["peak"] for row in r["layers"] if row.get("peak", 0) > CAP}
+    found = {row["path"]: row["peak"] for row in r["layers"] if row.get("peak", 0) > MASSIVE}
     largest = sorted(found, key=found.__getitem__, reverse=True)
     more = f" ({len(found)} layers have such tokens)" if len(found) > 1 else ""
     return [f"  massive token     {path}: {found[path]:.3g} times the median squared norm, counted "

@@ -9,7 +9,6 @@ from jaxtyping import Int
 
 from caldera_jax import allocate
 from caldera_jax.decompose import CalderaConfig
-from caldera_jax.hessian import CAP
 from caldera_jax.jobs import artifact
 from caldera_jax.levels import LevelConfig
 from caldera_jax.models import files, llama
@@ -71,7 +70,7 @@ class RunConfig:
     c: float | None = None
     importance: Importance = Importance()
     bos: bool = False
-    token_cap: float = CAP
+    token_cap: float = 0.0
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):
@@ -124,7 +123,6 @@ def _recorded(value):
         fields = {name: _recorded(item) for name, item in value.items()}
         kinds = {kind.__name__: kind for kind in (RunConfig, Tokens, CalderaConfig, LevelConfig, Importance)}
         kind = (kinds | artifact.GRIDS).get(str(fields.pop("kind", None)))
-        fields = {"token_cap": 0.0} | fields if kind is RunConfig else fields  # the first ones had none
         return files.made(kind, fields, f"the run's configuration: {kind.__name__}") if kind else fields
     return tuple(_recorded(item) for item in value) if isinstance(value, list) else value
 
