@@ -124,7 +124,7 @@ TEXT = ["--text", "text.txt", "--windows", "22", "--window", "32", "--aside", "6
     (["finetune", "compressed", "--out", "compressed", *TEXT], "compressed is the model that is to be trained"),
     (["finetune", "compressed", "--out", "model", *TEXT], "model exists and holds something else"),
     (["finetune", "compressed", "--out", "new", *TEXT, "--preset", "rte", "--text", "few.txt"],
-     "few.txt: not a file of JSON lines"),
+     "few.txt, line 1: not JSON .*each line is {\"text\": …, \"label\": …}"),
     (["finetune", "model", "--out", "new", *TEXT], "model: no compressed model"),
     (["finetune", "compressed", "--out", "new", *TEXT, "--goal", "text", "--temperature", "2", "--factor-rate", "1"],
      "--temperature, --factor-rate: of no effect with goal text, 0 ranks and trained signs"),

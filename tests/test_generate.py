@@ -188,6 +188,9 @@ def test_packed_weights_stay_packed_on_the_device(packed):
     assert artifact.model_bytes(placed) == artifact.model_bytes(params)
 
 
+RUN = {"config": {}, "model_sha256": "", "calibration_sha256": "", "evaluation_sha256": ""}
+
+
 def write_packed(out, config):
     """A finished directory of layers of random E8P codes."""
     rng, layers = np.random.default_rng(0), {}
@@ -200,7 +203,7 @@ def write_packed(out, config):
             arrays |= {f"{name}.{field}": array for field, array in artifact.layer_arrays(layer).items()}
         files.write_arrays(out / artifact.block_file(i), arrays)
     rest = {name: rng.standard_normal(table).astype(np.float32) for name in ("embed", "head")} | {"norm": gain}
-    artifact.finish(out, Model(config, rest, byte_tokenizer(), "random"), layers, {"config": {}})
+    artifact.finish(out, Model(config, rest, byte_tokenizer(), "random"), layers, RUN)
     return out
 
 
@@ -395,7 +398,7 @@ def test_a_model_ends_at_every_token_that_its_configurations_name_and_keeps_them
     (tmp_path / "kept").mkdir()
     for i, block in enumerate(model.params["blocks"]):
         files.write_arrays(tmp_path / "kept" / artifact.block_file(i), dict(block))
-    artifact.finish(tmp_path / "kept", model, {}, {"config": {}})
+    artifact.finish(tmp_path / "kept", model, {}, RUN)
     assert artifact.load(tmp_path / "kept").ends == model.ends == (first, second)
     assert generate.run(tmp_path / "kept", ["to"], sampling).tokens[0] == whole[:3]
 

@@ -224,11 +224,11 @@ def test_a_damaged_stream_is_named_with_its_file_and_layer(finished, tmp_path):
     arrays = files.read_arrays(Path(path))
     arrays["up.q.integers.words"] = arrays["up.q.integers.words"] ^ np.uint16(4)
     files.write_arrays(Path(path), arrays)
-    meta = artifact.read_manifest(finished[0])["layers"]
+    meta, model = artifact.read_manifest(finished[0])["layers"], artifact.load(finished[0])
     with pytest.raises(ValueError, match=r"block_001\.safetensors: up: a stream of coded integers is damaged"):
-        artifact._block(Path(path), meta, 1)["up"]
-    np.testing.assert_array_equal(artifact._block(Path(path), meta, 1)["down"].dense(),  # the others can be read
-                                  artifact.load(finished[0]).params["blocks"][1]["down"].dense())
+        artifact._block(Path(path), meta, 1, model.config)["up"]
+    np.testing.assert_array_equal(artifact._block(Path(path), meta, 1, model.config)["down"].dense(),  # the others
+                                  model.params["blocks"][1]["down"].dense())
 
 
 # ---- what the commands make of it

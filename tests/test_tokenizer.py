@@ -277,9 +277,8 @@ def test_bos_comes_first_for_llama_3_unless_the_file_says_otherwise(pre, asked, 
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    ({"bos_token_id": 2**32 - 1}, "bos_token_id is 4294967295, and the model's tokens are 0 to 3"),
-    ({"eos_token_id": 10**4}, "eos_token_id is 10000"), ({"padding_token_id": -1}, "padding_token_id is -1"),
-    ({"eot_token_id": 10**4}, "eot_token_id is 10000"), ({"eom_token_id": "a"}, "eom_token_id is 'a'"),
+    ({"eos_token_id": 10**4}, "eos_token_id is 10000"), ({"padding_token_id": -2}, "padding_token_id is -2"),
+    ({"eot_token_id": 10**4}, "eot_token_id is 10000"), ({"eom_token_id": "a"}, "eom_token_id: 'a' is no integer"),
     ({"add_eos_token": True}, "add_eos_token is true, and there is no tokenizer.ggml.eos_token_id"),
 ])
 def test_a_special_token_that_a_gguf_file_does_not_have_is_refused_by_its_field(more, message):

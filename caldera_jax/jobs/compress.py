@@ -23,7 +23,7 @@ from caldera_jax.allocate import ErrorModel, Option
 from caldera_jax.jobs import artifact, calibration, evaluate, level, plan, report, spread
 from caldera_jax.jobs.artifact import fingerprint
 from caldera_jax.jobs.run import Run
-from caldera_jax.jobs.settings import RunConfig, budget, count, recorded, weights
+from caldera_jax.jobs.settings import RunConfig, budget, count, revived, weights
 from caldera_jax.jobs.work import Work, paths, record
 from caldera_jax.linear import compress_matrix
 from caldera_jax.models import convert, data, files, llama
@@ -135,7 +135,7 @@ def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:
     if run.layer(path) is not None:
         return
     chosen = of_layers.get(path)
-    caldera = config.caldera if chosen is None else Option(*recorded(chosen["option"])).of(config.caldera)
+    caldera = config.caldera if chosen is None else Option(*revived(chosen["option"])).of(config.caldera)
     with job.clock.part() as part:
         key, w, h = job.given(index, i)
         layer, trace = compress_matrix(key, w, h, caldera, path)

@@ -115,16 +115,17 @@ class RunConfig:
 def recorded(value: Any) -> RunConfig:
     """The inverse of ``report.plain``: the RunConfig that a manifest's ``run`` holds as ``config``; ValueError if it is
     none."""
-    return files.checked(_recorded(value), RunConfig, "the run's configuration")
+    return files.checked(revived(value), RunConfig, "the run's configuration")
 
 
-def _recorded(value):
+def revived(value: Any) -> Any:
+    """The inverse of ``report.plain``, of any part of a configuration."""
     if isinstance(value, dict):
-        fields = {name: _recorded(item) for name, item in value.items()}
+        fields = {name: revived(item) for name, item in value.items()}
         kinds = {kind.__name__: kind for kind in (RunConfig, Tokens, CalderaConfig, LevelConfig, Importance)}
         kind = (kinds | artifact.GRIDS).get(str(fields.pop("kind", None)))
         return files.made(kind, fields, f"the run's configuration: {kind.__name__}") if kind else fields
-    return tuple(_recorded(item) for item in value) if isinstance(value, list) else value
+    return tuple(revived(item) for item in value) if isinstance(value, list) else value
 
 
 def count(config: RunConfig, model: llama.LlamaConfig) -> int:
