@@ -110,7 +110,8 @@ def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
     """(block index, Moments of its inputs), one block after the other, of the first ``blocks`` blocks (None: all).
 
     ``sequential``: the caller replaces ``params["blocks"][index]`` before it asks for the next block, whose inputs are
-    then those of the compressed model.  Every process must ask for the same blocks.
+    then those of the compressed model.  ``cap``: how much of one token counts (``hessian.update``).  Every
+    process must ask for the same blocks.
     """
     streams = embed(params, tokens)
     for index in range(config.layers if blocks is None else blocks):
