@@ -279,7 +279,7 @@ def test_a_save_that_was_cut_off_is_no_model_and_can_be_repeated(tmp_path):
 
 
 def write_gguf(path, config, params, kind=None, architecture="llama", extra=None, more=(), **options):
-    """``params`` as llama.cpp's converter lays them out: rows of q and k permuted to interleaved rotary pairs."""
+    """``params`` as llama.cpp's converter lays them out: of llama, rows of q and k in interleaved rotary pairs."""
     writer = gguf.GGUFWriter(path, architecture, **options)
     writer.add_block_count(config.layers)
     writer.add_context_length(config.context)
@@ -306,14 +306,17 @@ def write_gguf(path, config, params, kind=None, architecture="llama", extra=None
 
     names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up",
              "down": "ffn_down", "attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}  # fmt: skip
+    names = {part: f"{name}.weight" for part, name in names.items()}
+    names |= {f"{part}_bias": f"attn_{part}.bias" for part in "qkv"}
     add("token_embd.weight", params["embed"])
     add("output_norm.weight", params["norm"])
     if not config.tied:
         add("output.weight", params["head"])
     for i, block in enumerate(params["blocks"]):
-        block = block | {"q": interleave(block["q"], config.heads), "k": interleave(block["k"], config.kv_heads)}
+        if architecture == "llama":
+            block = block | {"q": interleave(block["q"], config.heads), "k": interleave(block["k"], config.kv_heads)}
         for part, value in block.items():
-            add(f"blk.{i}.{names[part]}.weight", value)
+            add(f"blk.{i}.{names[part]}", value)
     if config.rope_scaling is not None:
         plain, scaled = (
             llama.rope_frequencies(config.head_dim, config.rope_theta, s) for s in (None, config.rope_scaling)
@@ -331,11 +334,12 @@ def write_gguf(path, config, params, kind=None, architecture="llama", extra=None
     return path
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "llama3"])
+@pytest.mark.parametrize("name", ["llama", "tied", "llama3", "qwen2"])
 def test_gguf_and_hugging_face_files_give_the_same_model(tmp_path, name):
     config, params = CONFIGS[name], make(CONFIGS[name])
     convert.save_hf(tmp_path / "hf", config, params)
-    found, from_gguf = read(convert.from_gguf(convert.read_gguf(write_gguf(tmp_path / "m.gguf", config, params))))
+    path = write_gguf(tmp_path / "m.gguf", config, params, architecture="qwen2" if config.qkv_bias else "llama")
+    found, from_gguf = read(convert.from_gguf(convert.read_gguf(path)))
     found = dataclasses.replace(found, norm_eps=config.norm_eps)  # GGUF keeps a float32
     assert found == config
     assert_equal_trees(from_gguf, read(convert.from_hf(tmp_path / "hf"))[1])
@@ -357,7 +361,9 @@ def test_a_quantized_gguf_gives_the_rounded_weights(tmp_path, name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2'"),
+        ({"architecture": "gemma"}, "architecture 'gemma'"),
+        ({"architecture": "qwen2"}, "tensor blk.0.attn_q.bias is missing"),
+        ({"architecture": "qwen2", "extra": {"qwen2.expert_count": 8}}, "expert_count = 8.*'qwen2'"),
         *(({"extra": {"llama.rope.scaling.type": kind}}, f"rope scaling '{kind}'") for kind in ("yarn", "longrope")),
         ({"extra": {"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 2.0}}, "rope scaling is told twice"),
         ({"extra": {"llama.rope.scaling.factor": 4.0}, "more": [("rope_freqs.weight", np.ones(4, np.float32))]},

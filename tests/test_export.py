@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from caldera_jax import LevelConfig, hadamard, level, linear
 from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
@@ -69,9 +69,7 @@ def make(config, text=None, special=None):
 def byte_level(pre):
     """A byte-level BPE tokenizer as a model's tokenizer.json would hold it."""
     out = Tokenizer(models.BPE(unk_token="<|end|>", ignore_merges=pre == "llama-bpe"))
-    own = [pre_tokenizers.Split(Regex(tokenizer._LLAMA3_WORDS.replace("{1,3}", "")), "isolated"),
-           pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    steps = own if pre == "qwen2" else tokenizer._SPLITTERS[pre]
+    steps = tokenizer._SPLITTERS[pre]
     if pre == "qwen2":
         out.normalizer = normalizers.NFC()
     out.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
@@ -280,7 +278,7 @@ def test_what_gguf_cannot_say_of_tokens_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])
-@pytest.mark.parametrize("name", ["llama", "tied", "llama3", "linear", "mistral"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_exported_comes_back_with_the_same_logits(tmp_path, name, to):
     model = make(CONFIGS[name], special={"eos_token": "<|end|>", "chat_template": "{{ messages }}"})
     out = tmp_path / "deep" / f"model.{to}"
@@ -329,7 +327,7 @@ def test_a_weight_too_large_for_the_type_is_named_and_nothing_is_left(tmp_path, 
 # ---- GGUF
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_a_byte_level_tokenizer_comes_back_from_gguf(tmp_path, pre):
     special = {"bos_token": "<|end|>", "eos_token": "<|end|>", "chat_template": "{{ messages }}"}
     model = make(PLAIN, byte_level(pre), special)
@@ -400,11 +398,27 @@ def test_a_tokenizer_that_gguf_has_no_words_for_is_refused_by_part(tmp_path, tex
     assert not list(tmp_path.iterdir())
 
 
-def test_gguf_refuses_biases_and_foreign_rope_scalings_and_says_what_holds_them(tmp_path):
+def test_gguf_refuses_foreign_rope_scalings_and_says_what_holds_them(tmp_path):
     other = dataclasses.replace(CONFIGS["llama3"], rope_scaling=dataclasses.replace(SCALING, high_freq_factor=8.0))
-    for config, what in ((CONFIGS["qwen2"], "biases"), (other, "rope scaling")):
-        with pytest.raises(ValueError, match=f"{what}.*--to hf"):
+    for config in (dataclasses.replace(CONFIGS["qwen2"], rope_scaling=SCALING), other):
+        with pytest.raises(ValueError, match="rope scaling.*--to hf"):
             export.export(make(config), "gguf", tmp_path / "m.gguf")
+
+
+@pytest.mark.extra
+def test_transformers_reads_a_qwen2_gguf_with_our_logits_and_tokens(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is the other side of this test")
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
+    model = make(CONFIGS["qwen2"], byte_level("qwen2"), {"eos_token": "<|end|>"})
+    export.export(model, "gguf", tmp_path / "m.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").eval()
+    assert theirs.config.model_type == "qwen2"
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    assert_close(expected, logits(convert.load(tmp_path / "m.gguf")), 1e-5)
+    encode = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in TEXTS:
+        assert encode(text)["input_ids"] == model.tokenizer.encode(text).ids
 
 
 def test_rows_of_q_and_k_are_in_ggufs_pairs(tmp_path):

@@ -23,7 +23,7 @@ def byte_level(pre):
     steps = {
         "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
         "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "llama-bpe": [pre_tokenizers.Split(Regex(tokenizer._LLAMA3_WORDS), "isolated"),
+        "llama-bpe": [pre_tokenizers.Split(Regex(tokenizer._WORDS % "{1,3}"), "isolated"),
                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
     }[pre]  # fmt: skip
     out = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))

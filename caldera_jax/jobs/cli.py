@@ -309,7 +309,7 @@ def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
     Args:
         directory: of a compressed model, as compress wrote it.
         to: hf, a directory with config.json, safetensors and tokenizer that transformers loads as it is; gguf, one file
-            of the Llama architecture.
+            of architecture Llama or Qwen2.
         out: the directory, or the file ending in .gguf, to write; must be new.
         dtype: float32 keeps logits and perplexity; bfloat16 (hf) and float16 (gguf) take half the space and round every
             weight once.

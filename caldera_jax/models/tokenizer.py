@@ -24,9 +24,10 @@ _ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token":
           "pad_token": "padding_token_id"}  # and their names in GGUF
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of GGUF: of a text, a turn and a message
 
-# Llama 3 splits off contractions, words with one leading other sign, runs of up to three digits, signs, and blanks.
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+# Contractions, words with one leading other sign, runs of digits, signs, and blanks: Llama 3 takes up to three digits
+# together, Qwen2 one.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ALPHABET = set(pre_tokenizers.ByteLevel.alphabet())
@@ -34,9 +35,11 @@ _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _SPLITTERS = {  # of byte-level tokenizers, by GGUF's names
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
-                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
+    **{name: [pre_tokenizers.Split(Regex(_WORDS % digits), "isolated"),
+              pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+       for name, digits in (("llama-bpe", "{1,3}"), ("qwen2", ""))},
 }  # fmt: skip
+_NORMALIZED = ("qwen2",)  # by NFC in their own tokenizer.json, of which GGUF says nothing and llama.cpp does nothing
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " s"]:
@@ -365,6 +368,7 @@ def _byte_level(fields, tokens):
             raise ValueError(f"the GGUF file's merges and tokens do not fit ({' '.join(pair)!r} is no merge of two "
                              "tokens to a third); convert the file again")
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.normalizer = normalizers.NFC() if pre in _NORMALIZED else None
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_SPLITTERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
