@@ -1,6 +1,7 @@
 """One level for a whole model: its budget, what it says of itself, the same bytes however it is run, bad input."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_the_budget_is_met_in_real_bytes_and_never_exceeded(finished):
     on_disk = sum(array.nbytes for i in range(2) for name, array in files.read_arrays(
         out / artifact.block_file(i)).items() if name.split(".")[0] in llama.LINEARS)
     assert on_disk == row["stored_bytes"]
-    assert len({layer["level"] for layer in row["layers"]}) == 1  # one number for the whole model
+    found = [layer["level"] for layer in row["layers"]]
+    assert max(found) < 1.1 * min(found)  # one level but for what fewer windows foretold wrongly
 
 
 def test_the_report_predicts_the_divergence_and_measures_it(finished, config):
@@ -110,7 +112,7 @@ def cut_off(patch, stop):
     keep, write, seen = Run.keep, files.write_arrays, []
 
     def keep_some(self, name, value):
-        seen.extend([name] * ({"measure": ".curve2", "again": ".at2"}.get(stop, "nothing") in name))
+        seen.extend([name] * ({"measure": ".curve", "again": ".at2"}.get(stop, "nothing") in name))
         if len(seen) > 3:
             raise KeyboardInterrupt
         keep(self, name, value)
@@ -139,15 +141,16 @@ def test_cut_off_anywhere_it_ends_with_the_same_bytes(finished, config, tmp_path
     done.clear()
     monkeypatch.setattr(calibration, "output_fisher", lambda *a: pulled.append(a[-1]) or fisher(*a))
     resumed = compress(config, tmp_path / "out")
-    assert whole - len(done) == {"gradients": 0, "measure": 42 - 11, "compress": 42 + 5}[stop]
+    assert whole - len(done) == {"gradients": 0, "measure": 14 + 3, "compress": 28 + 5}[stop]
     assert len(pulled) == (3 if stop == "gradients" else 0)
     assert weight_files(tmp_path / "out") == weight_files(finished[0])
     assert resumed["compressed_perplexity"] == finished[1]["compressed_perplexity"]
 
 
 def test_a_level_that_misses_the_budget_is_corrected_and_that_too_can_be_cut_off(config, tmp_path, monkeypatch):
-    measure = levels.measure
-    wrong = lambda *a: (curve := measure(*a))._replace(counts=[0.9 * count for count in curve.counts])
+    measure, calls = levels.measure, itertools.count()
+    error = lambda: 0.85 if next(calls) % 28 >= 21 else 1.0  # of the last block's seven layers
+    wrong = lambda *a: (curve := measure(*a))._replace(counts=(error() * np.asarray(curve.counts)).tolist())
     monkeypatch.setattr(levels, "measure", wrong)
     row = compress(config, tmp_path / "whole")
     assert 0.995 * BITS <= row["bits_per_weight"] <= BITS
@@ -155,7 +158,7 @@ def test_a_level_that_misses_the_budget_is_corrected_and_that_too_can_be_cut_off
         cut_off(patch, "again")
         with pytest.raises(KeyboardInterrupt):
             compress(config, tmp_path / "out")
-    assert len(json.loads((tmp_path / "out/unfinished/level.0.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "out/unfinished/level.1.json").read_text())) == 2
     compress(config, tmp_path / "out")
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")
 

@@ -113,11 +113,32 @@ def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
     then those of the compressed model.  ``cap``: how much of one token counts (``hessian.update``).  Every
     process must ask for the same blocks.
     """
-    streams = embed(params, tokens)
+    inputs = Inputs(config, params, tokens, sequential, cap)
     for index in range(config.layers if blocks is None else blocks):
-        yield index, calibrate_block(config, params["blocks"][index], streams, advance=not sequential, cap=cap)
-        if sequential:
-            run_block(config, params["blocks"][index], streams)
+        yield index, inputs.moments(index)
+
+
+class Inputs:
+    """Windows on their way through a model: no further than to the block whose Moments are asked for, in order.
+
+    As for ``collect``, which asks for all; a block that is passed over costs its forward pass.
+    """
+
+    def __init__(self, config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], sequential: bool = False,
+                 cap: float = math.inf):
+        self._config, self._params, self._tokens = config, params, tokens
+        self._sequential, self._cap, self._at = sequential, cap, 0
+
+    def moments(self, index: int) -> dict[str, Moments]:
+        """Of the block's inputs."""
+        config, blocks = self._config, self._params["blocks"]
+        if self._at == 0:
+            self._streams = embed(self._params, self._tokens)
+        for before in range(self._at, index):
+            run_block(config, blocks[before], self._streams)
+        found = calibrate_block(config, blocks[index], self._streams, advance=not self._sequential, cap=self._cap)
+        self._at = index if self._sequential else index + 1
+        return found
 
 
 def of_block(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],

@@ -6,9 +6,9 @@ writes them; process 0 writes what belongs to all (``run.Run``).
 """
 
 import math
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from caldera_jax import allocate
 from caldera_jax.allocate import ErrorModel, Option
 from caldera_jax.jobs import artifact, calibration, evaluate, level, plan, report, spread
 from caldera_jax.jobs.artifact import fingerprint
-from caldera_jax.jobs.run import Run
+from caldera_jax.jobs.run import Run, moments_hash
 from caldera_jax.jobs.settings import RunConfig, budget, count, revived, weights
 from caldera_jax.jobs.work import Work, paths, record
 from caldera_jax.linear import compress_matrix
@@ -38,8 +38,8 @@ def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[
     runs.
     Killed and started again with the same arguments, by any number of processes, it goes on with the unfinished layers
     and ends with the same bytes.  Memory: embedding and head, one block, its Moments and the residual streams, or one
-    layer's workspace; see ``memory_need``.  Disk, until the run ends: 8 n² bytes for each input of n features, of all
-    blocks (of one block with ``activations="compressed"``, once the level is known).
+    layer's workspace; see ``memory_need``.  Disk: 8 n² bytes for each input of n features of one block; of all blocks,
+    with ``moments`` and where rates are planned for a budget.
     Raises ValueError for bad input (which layer, what to do) and OSError where the disk is full; finished layers stay.
     """
     start = time.perf_counter()
@@ -68,65 +68,68 @@ def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[
 
 def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock: report.Clock,
             kept: Path | None) -> list[str]:
-    """Calibrate all blocks and then compress their layers, or block after block where calibration needs the compressed
-    ones; the blocks become the compressed ones.  Returns the paths of the layers."""
-    chosen = count(config, model.config)
-    sequential, blocks = config.activations == "compressed", model.params["blocks"]
-    folder = run.work / "moments" if kept is None else kept / run.moments_hash
-    job = Work(config, model, run, clock, folder)
-    inputs = calibration.collect(model.config, model.params, tokens, chosen, sequential, config.cap)
-    g, known = {}, {}
+    """Calibrate and compress block after block; the blocks become the compressed ones.  Returns the layers' paths.
+
+    What a budget buys is found before: a level from fewer windows, each block's Moments dropped when its layers are
+    measured; a plan of fixed rates from the Moments of all blocks, which stay until then.
+    """
+    chosen, blocks = count(config, model.config), model.params["blocks"]
+    dense = model.params | {"blocks": list(blocks)}
+    sequential = config.activations == "compressed"
+    job = Work(config, model, run, clock, run.work / "moments" if kept is None else kept / run.moments_hash)
+    inputs = calibration.Inputs(model.config, model.params if sequential else dense, tokens, sequential, config.cap)
+    g, known, of_layers = {}, {}, {}
     if config.level is not None:
-        g = level.importance(job, tokens, run.work if kept is None else folder)
-        if sequential and config.bits:  # known before any block is compressed, from fewer windows of the dense model
-            first = job._replace(folder=run.work / "first")
-            if config.hessians is None and not spread.first(level.measured(job)):
-                few = config.importance.of(tokens, len(data.named(config.calibration.text)))
-                _calibrate(calibration.collect(model.config, model.params, few, chosen, cap=config.cap), first, chosen)
-            known = level.curves(first, g)
-            spread.barrier()
-            if spread.rank() == 0:
-                shutil.rmtree(first.folder, ignore_errors=True)
-    for group in [[index] for index in range(chosen)] if sequential else [range(chosen)]:
-        if config.hessians is None:
-            _calibrate(inputs, job, chosen, group if sequential else None)
-        if not sequential:
-            inputs.close()  # its streams
-        if config.level is None:
-            of_layers = {} if config.bits is None else plan.plan(job, tokens)
-            with clock.stage("compress"):
-                job.each(group, "compress", partial(_layer, job, of_layers))
-                run.wait(paths(group))
-        else:
-            if config.bits and not known:
-                known = level.curves(job, g)
-            level.compress(job, group, g, known)
-        for index in group:
-            blocks[index] = run.block(index, blocks[index])
-        run.remember("clock", clock.stages)
-        if sequential and kept is None and spread.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-    inputs.close()
+        g = level.importance(job, tokens, run.work if kept is None else job.folder)
+        if config.bits:
+            few = config.importance.of(tokens, len(data.named(config.calibration.text)))
+            first = job._replace(folder=run.work / "first" if kept is None else kept / moments_hash(
+                run.identity | {"config": report.plain(replace(config, activations="dense")),
+                                "calibration_sha256": files.sha256(few)}))
+            some = calibration.Inputs(model.config, dense, few, cap=config.cap)
+            known = level.curves(first, g, partial(_calibrate, some, first), partial(_drop, first, kept))
+    elif config.bits is not None:
+        for index in tqdm(range(chosen), "calibrate", disable=spread.rank() > 0, unit="block", leave=False):
+            _calibrate(inputs, job, index)
+        of_layers = plan.plan(job, tokens)
+    bar = job.bar("compress", [i for i in range(chosen) if spread.first(run.recall(f"block.{i}")) is None])
+    for index in range(chosen):
+        if spread.first(run.recall(f"block.{index}")) is None:
+            _calibrate(inputs, job, index)
+            if config.level is not None:
+                level.compress(job, index, bar, g, known)
+            else:
+                with clock.stage("compress"):
+                    job.each([index], bar, partial(_layer, job, of_layers))
+                    run.wait(paths([index]))
+            _drop(job, kept, index)
+            run.remember("clock", clock.stages)
+            run.remember(f"block.{index}", "done")
+        blocks[index] = run.block(index, blocks[index])
+    bar.close()
     return paths(range(chosen))
 
 
-def calibrated(folder: Path, blocks: int) -> bool:
-    """Whether the Moments of so many blocks are all there, and none was cut off since."""
+def calibrated(folder: Path, blocks: Iterable[int]) -> bool:
+    """Whether the Moments of these blocks are all there, and none was cut off since."""
     names = sorted(set(llama.INPUT_OF.values()))
-    return all(files.whole(calibration.spilled(folder, index, name)) for index in range(blocks) for name in names)
+    return all(files.whole(calibration.spilled(folder, index, name)) for index in blocks for name in names)
 
 
-def _calibrate(inputs: Iterator[tuple[int, dict[str, Any]]], job: Work, chosen: int,
-               group: Sequence[int] | None = None) -> None:
-    """The Moments of a group's blocks into the job's folder; of all (None) unless they are there."""
-    if group is None and spread.first(calibrated(job.folder, chosen)):
-        return
-    with job.clock.stage("calibrate"):
-        quiet = group is not None or spread.rank() > 0
-        for _ in tqdm(group or range(chosen), "calibrate", disable=quiet, unit="block", leave=False):
-            calibration.spill(job.folder, *next(inputs))
-        spread.barrier()
-    job.run.remember("clock", job.clock.stages)
+def _calibrate(inputs: calibration.Inputs, job: Work, index: int) -> None:
+    """The Moments of a block into the job's folder, unless they are there."""
+    if job.config.hessians is None and not spread.first(calibrated(job.folder, [index])):
+        with job.clock.stage("calibrate"):
+            calibration.spill(job.folder, index, inputs.moments(index))
+            spread.barrier()
+
+
+def _drop(job: Work, kept: Path | None, index: int) -> None:
+    """Remove the Moments of a block, unless they are to be kept."""
+    spread.barrier()
+    if kept is None and spread.rank() == 0:
+        for name in set(llama.INPUT_OF.values()):
+            calibration.spilled(job.folder, index, name).unlink(missing_ok=True)
 
 
 def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:

@@ -179,7 +179,7 @@ def _hessians(config: RunConfig, run: dict[str, Any], model: Model, chosen: int,
         for index in range(chosen):
             yield lambda name, index=index: wide(
                 calibration.released(Path(released), model.config, index, name))
-    elif kept is not None and calibrated(folder := kept / moments_hash(run), chosen):
+    elif kept is not None and calibrated(folder := kept / moments_hash(run), range(chosen)):
         for index in range(chosen):
             yield lambda name, index=index: wide(
                 calibration.load_moments(calibration.spilled(folder, index, name))[name].mean())

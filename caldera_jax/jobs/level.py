@@ -5,7 +5,7 @@ Each process takes the gradients of its own shards of the windows, measures its 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from caldera_jax.models import data, files, llama
 from caldera_jax.models.convert import Model
 
 AIM, KNOWN, LEAST = 0.9975, 0.999, 0.995  # of a budget: what is solved for, first and by bits found, and enough
-BLOCKS, ROWS = 4, 64  # blocks that are measured first, and rows of a layer
+ROWS = 64  # of a layer, that are measured
 TRIES = 6
 
 Outputs = Mapping[str, Float[np.ndarray, " m"]]  # g of each layer's outputs
@@ -77,30 +77,31 @@ def importance(job: Work, tokens: Int[np.ndarray, "w s"], folder: Path) -> Outpu
     return {path: objective.importance(of.importance(), own.floor, own.shrinkage) for path, of in found.items()}
 
 
-def curves(job: Work, g: Outputs) -> dict[str, Curve]:
-    """Of every layer, measured near the level that meets the budget.
+def curves(job: Work, g: Outputs, calibrate: Callable[[int], None], drop: Callable[[int], None]) -> dict[str, Curve]:
+    """Of every layer, block after block: ``calibrate`` gives a block's Moments, ``drop`` takes them away.
 
-    Some blocks first, each layer at about the level where it alone would have the budget's bits; then at the level that
-    these curves give; then all blocks at the next.
+    Each is measured at the level that meets the budget by the curves of the blocks before it; the first block, at the
+    level where it alone would meet it, which is found in two steps.
     """
-    config, c, found = job.config, None, {}
+    config, found = job.config, {}
     size, number = llama.block_weights(job.model.config), count(job.config, job.model.config)
-    some = range(0, number, -(-number // BLOCKS))
-    with job.clock.stage("measure"):
-        for turn, group in enumerate((some, some, range(number))):
-            job.each(group, "measure", partial(_measure, job, g, c, f"curve{turn}"))
-            names = {path: f"{path}.curve{turn}" for path in paths(group)}
-            job.run.wait(list(names.values()))
-            found = {path: Curve(**job.run.recall(name)) for path, name in names.items()}
-            inside = size * len(group)
-            c = spread.first(levels.solve(list(found.values()), config.bits * inside, config.level, inside))
+    bar = job.bar("measure", range(number), leave=False)
+    for index in range(number):
+        own = paths([index])
+        if not spread.first(all(job.run.recall(f"{path}.curve") is not None for path in own)):
+            calibrate(index)
+            with job.clock.stage("measure"):
+                for name in ("curve",) if index else ("guess0", "guess1", "curve"):
+                    of = min(size * len(found) // len(own), size * index) or size
+                    c = spread.first(levels.solve(list(found.values()), config.bits * of, config.level, of)
+                                     ) if found else None
+                    job.each([index], bar, partial(_measure, job, g, c, name))
+                    job.run.wait([f"{path}.{name}" for path in own])
+                    found |= {path: Curve(**job.run.recall(f"{path}.{name}")) for path in own}
+            drop(index)
+        found |= {path: Curve(**job.run.recall(f"{path}.curve")) for path in own}
+    bar.close()
     return found
-
-
-def measured(job: Work) -> bool:
-    """Whether all curves are kept."""
-    names = paths(range(count(job.config, job.model.config)))
-    return all(job.run.recall(f"{path}.curve2") is not None for path in names)
 
 
 def _measure(job: Work, g: Outputs, c: float | None, name: str, index: int, i: int) -> None:
@@ -127,12 +128,16 @@ def next_level(config: LevelConfig, known: Mapping[str, Curve], done: Done, budg
     """c for the layers that are not done, of so many weights: what is left of the budget, by their curves.
 
     Unless these are ``exact``, as far as those of the others, done at (c, with so many bits), have been right; a tenth
-    of all taken to be.
+    of all taken to be.  The last c stays where it meets the budget, so that all layers have one level.
     """
     left = [curve for path, curve in known.items() if path not in done]
     spent = sum(bits for _, bits in done.values())
     predicted = spent if exact else sum(known[path].bits(c, config) for path, (c, _) in done.items())
     share = (predicted + budget / 10) / (spent + budget / 10)
+    if done and not exact:
+        c = [*done.values()][-1][0]
+        if LEAST * budget <= spent + sum(curve.bits(c, config) for curve in left) / share <= KNOWN * budget:
+            return c
     return levels.solve(left, ((KNOWN if exact or done else AIM) * budget - spent) * share, config, weights)
 
 
@@ -146,14 +151,14 @@ def corrected(config: LevelConfig, known: Mapping[str, Curve],
     return {path: right(curve, *done[path]) if path in done else curve for path, curve in known.items()}
 
 
-def compress(job: Work, group: range | list[int], g: Outputs, known: Mapping[str, Curve]) -> None:
-    """Compress these blocks at the level given, or at the one that meets the budget as the curves predict it; the last
-    of all again, at another, where all together do not."""
+def compress(job: Work, index: int, bar: tqdm, g: Outputs, known: Mapping[str, Curve]) -> None:
+    """Compress a block at the level given, or at the one that meets the budget as the curves predict it; the last of
+    all again, at another, where all together do not."""
     config, model, run, clock, _ = job
-    name, own, before = f"level.{group[0]}", paths(group), paths(range(group[0]))
+    name, own, before = f"level.{index}", paths([index]), paths(range(index))
     done = {path: (row["level"], row["bits"]) for path in before for row in [run.recall(path)]}
     whole = budget(config, model.config) if config.bits else math.inf
-    left = llama.block_weights(model.config) * (count(config, model.config) - group[0])
+    left = llama.block_weights(model.config) * (count(config, model.config) - index)
     tried = spread.first(run.recall(name)) or [
         config.c or spread.first(next_level(config.level, known, done, whole, left))]
     totals = []
@@ -161,11 +166,11 @@ def compress(job: Work, group: range | list[int], g: Outputs, known: Mapping[str
         run.remember(name, tried)
         turn = f"at{len(tried)}"
         with clock.stage("compress"):
-            job.each(group, "compress", partial(_layer, job, g, tried[-1], turn))
+            job.each([index], bar, partial(_layer, job, g, tried[-1], turn))
             run.wait([f"{path}.{turn}" for path in own])
         found = {path: tuple(run.recall(f"{path}.{turn}")) for path in own}
         totals.append(sum(bits for _, bits in (done | found).values()))
-        last = group[-1] + 1 == count(config, model.config)
+        last = index + 1 == count(config, model.config)
         if not config.bits or not last or LEAST * whole <= totals[-1] <= whole:
             return
         if len(tried) == TRIES:

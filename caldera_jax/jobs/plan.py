@@ -24,7 +24,8 @@ def plan(job: Work, tokens: np.ndarray) -> dict[str, Any]:
     choices, blocks = offered(config, model), range(count(config, model.config))
     names = dict(zip(paths(blocks), llama.LINEARS * len(blocks), strict=True))
     with clock.stage("measure"):
-        job.each(blocks, "measure", lambda index, i: _measure(job, choices, index, i))
+        with job.bar("measure", blocks) as bar:
+            job.each(blocks, bar, lambda index, i: _measure(job, choices, index, i))
         run.wait([f"{path}.options" for path in names])
     fisher = dict.fromkeys(names, 0.0)
     if config.allocation in ("gradient", "trace"):

@@ -45,24 +45,32 @@ class Work(NamedTuple):
         return {} if self.config.hessians else {
             "peak": calibration.peak(calibration.spilled(self.folder, index, source), source)}
 
-    def each(self, group: Sequence[int], title: str, work: Callable[[int, int], None]) -> None:
-        """work(block, i) for each layer of these blocks that is this process's, on its device."""
-        shapes, devices = list(llama.shapes(self.model.config).values()), jax.local_device_count()
-        costs = [(m + 0.4 * n) * n for m, n in shapes]  # about as the seconds on a CPU
-        slots = spread.assign([costs] * count(self.config, self.model.config), spread.slots())
-        own = [[(index, i) for index in group for i, slot in enumerate(slots[index])
-                if slot == spread.rank() * devices + device] for device in range(devices)]
+    def bar(self, title: str, group: Sequence[int], leave: bool = True) -> tqdm:
+        """Progress of this process through its layers of these blocks, for ``each``."""
+        shapes = list(llama.shapes(self.model.config).values())
         title = title if spread.count() == 1 else f"{title} (1 of {spread.count()} processes)"
-        total = sum(math.prod(shapes[i]) for items in own for _, i in items)
-        with tqdm(total=total, unit="weight", unit_scale=True, desc=title, disable=spread.rank() > 0) as progress:
+        total = sum(math.prod(shapes[i]) for items in self._own(group) for _, i in items)
+        return tqdm(total=total, unit="weight", unit_scale=True, desc=title, disable=spread.rank() > 0, leave=leave)
 
-            def of_device(items):
-                for index, i in items:
-                    progress.set_postfix_str(paths([index])[i])
-                    work(index, i)
-                    progress.update(math.prod(shapes[i]))
+    def each(self, group: Sequence[int], bar: tqdm, work: Callable[[int, int], None]) -> None:
+        """work(block, i) for each layer of these blocks that is this process's, on its device."""
+        shapes = list(llama.shapes(self.model.config).values())
 
-            spread.on_devices(of_device, own)
+        def of_device(items):
+            for index, i in items:
+                bar.set_postfix_str(paths([index])[i])
+                work(index, i)
+                bar.update(math.prod(shapes[i]))
+
+        spread.on_devices(of_device, self._own(group))
+
+    def _own(self, group: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """The layers of these blocks that are this process's, for each of its devices."""
+        costs = [(m + 0.4 * n) * n for m, n in llama.shapes(self.model.config).values()]  # as the seconds on a CPU
+        devices = jax.local_device_count()
+        slots = spread.assign([costs] * count(self.config, self.model.config), spread.slots())
+        return [[(index, i) for index in group for i, slot in enumerate(slots[index])
+                 if slot == spread.rank() * devices + device] for device in range(devices)]
 
 
 def paths(group: Sequence[int]) -> list[str]:
