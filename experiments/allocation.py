@@ -47,10 +47,11 @@ def runs(preset: str) -> list[Config]:
 
 
 def measure(config: Config) -> Result:
-    """Compress the whole model under the budget, in a directory that is then dropped."""
+    """Compress the whole model under the budget, in a directory that is then dropped; tokens count whole."""
     tokens = Tokens(windows=config.windows, window=config.window)
     chosen = RunConfig(source(config.model), config.caldera, tokens, Tokens(windows=32, window=config.window),
-                       seed=config.seed, bits=config.bits, **{"allocation": config.rule, **RULES[config.rule]})
+                       seed=config.seed, bits=config.bits, token_cap=0.0,
+                       **{"allocation": config.rule, **RULES[config.rule]})
     with TemporaryDirectory() as folder:
         found = compress(chosen, Path(folder) / "out", Path(moments().name))
     kept = ("base_perplexity", "compressed_perplexity", "bits_per_weight", "mean_layer_error")

@@ -16,7 +16,7 @@ from drawing import axes
 from machinery import Experiment, Result, decide, model, source, with_interval
 from perplexity import moments
 
-from caldera_jax import LevelConfig, incoherence, levels, linear
+from caldera_jax import LevelConfig, hessian, incoherence, levels, linear
 from caldera_jax.incoherence import Rotation
 from caldera_jax.jobs import artifact, evaluate, level
 from caldera_jax.jobs.compress import compress
@@ -51,7 +51,7 @@ def alike(job, tokens, folder) -> dict[str, np.ndarray]:
     found = {}
     for path in paths(range(count(job.config, job.model.config))):
         _, index, name = path.split(".")
-        _, w, h = job.given(int(index), llama.LINEARS.index(name))
+        _, w, h, *_ = job.given(int(index), llama.LINEARS.index(name))
         found[path] = np.full(len(w), len(w) / float(proxy_loss(w.astype(h.dtype), h)))
     return found
 
@@ -111,7 +111,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "importance as estimated": {"importance": Importance(floor=0.0, shrinkage=0.0)}, "importance on python": {},
     "16 windows of text": {"calibration": 16}, "on python": {"text": "python"},
     "on both texts": {"text": "enwiki+python"},
-    "tokens capped at 10000": {"token_cap": 1e4},
+    "whole tokens": {"token_cap": 0.0}, "tokens capped at 1000": {"token_cap": 1e3},
+    "a capped token's layer at its own level": {},
 }
 
 
@@ -119,6 +120,7 @@ def patches(part: str) -> list[Any]:
     """What is replaced in the package."""
     return {ALIKE: [patch.object(level, "importance", alike)],
             "importance on python": [patch.object(level, "importance", partial(elsewhere, level.importance))],
+            "a capped token's layer at its own level": [patch.object(hessian.Moments, "excess", lambda moments: 1.0)],
             "columns alike": [patch.object(levels, "quantize", partial(one_step, levels.quantize))],
             "inputs rotated": [patch.object(level, "at_level", partial(rotated, level.at_level)),
                                patch.object(linear, "packed", partial(turned, linear.packed))]}.get(part, [])

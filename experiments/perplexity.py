@@ -59,7 +59,7 @@ def measure(config: Config) -> Result:
     """Compress the whole model, in a directory that is then dropped; what ``compress`` reports, as ``MEASURED``, and
     as ``trace`` (not in older records) the mean over layers of their errors after each half step."""
     tokens = Tokens(windows=config.windows, window=config.window)
-    chosen = RunConfig(source(config.model), config.caldera, tokens, tokens, seed=config.seed)
+    chosen = RunConfig(source(config.model), config.caldera, tokens, tokens, seed=config.seed, token_cap=0.0)
     with TemporaryDirectory() as folder:
         found = compress(chosen, Path(folder) / "out", Path(moments().name))
     trace = np.mean([row["half_step_errors"] for row in found["layers"]], axis=0).tolist()

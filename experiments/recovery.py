@@ -89,7 +89,7 @@ def compressed(config: Config) -> Path:
     """The compressed model, made once."""
     window = config.text.window
     chosen = RunConfig(machinery.source(config.model), config.caldera, Tokens(windows=config.windows, window=window),
-                       Tokens(windows=32, window=window), seed=config.seed)
+                       Tokens(windows=32, window=window), seed=config.seed, token_cap=0.0)  # as in the paper
     folder = WORK / machinery.fingerprint(config.model)[:12] / report.config_hash(
         (config.caldera, config.windows, window, config.seed))
     with machinery.claimed(folder / "model", wait=True):

@@ -42,11 +42,12 @@ def changes(name: str) -> dict[str, Any]:
 
 
 def config(name: str) -> RunConfig:
-    """The whole configuration of a run."""
+    """The whole configuration of a run: tokens are not capped, as in the paper."""
     own = changes(name)
     activations = own.pop("activations", "dense")
     base = PRESETS["default"]
-    return replace(base, model="smollm2-135m", caldera=replace(base.caldera, **own), activations=activations)
+    return replace(base, model="smollm2-135m", caldera=replace(base.caldera, **own), activations=activations,
+                   token_cap=0.0)
 
 
 def path_of(name: str) -> Path:
@@ -72,7 +73,7 @@ def run(name: str) -> None:
     out = WORK / name
     flags = [word for field, value in changes(name).items() for word in (f"--{field.replace('_', '-')}", str(value))]
     subprocess.run([sys.executable, "-m", "caldera_jax.jobs.cli", "compress", "smollm2-135m", "--out", str(out),
-                    "--moments", str(WORK / "moments"), *flags], check=True)
+                    "--moments", str(WORK / "moments"), "--token-cap", "0", *flags], check=True)
     files.write_json(path_of(name), files.read_json(out / "report.json"))
     shutil.rmtree(out)  # most of it the dense embedding
 

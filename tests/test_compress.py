@@ -16,7 +16,7 @@ from caldera_jax.jobs import artifact, calibration, cli, evaluate, explain, fact
 from caldera_jax.jobs import compress as compress_module
 from caldera_jax.jobs.compress import compress, memory_need
 from caldera_jax.jobs.run import Run
-from caldera_jax.jobs.settings import RunConfig
+from caldera_jax.jobs.settings import RunConfig, recorded
 from caldera_jax.models import convert, data, files, llama, weights
 from caldera_jax.models.data import Tokens
 
@@ -304,14 +304,28 @@ def test_how_much_one_token_counts_is_the_runs_choice(config, activations, tmp_p
     assert errors[0.0] == errors[1e4] and errors[1.0][0] != errors[0.0][0]
 
 
+def test_moments_and_runs_of_before_the_cap_are_of_whole_tokens(config, tmp_path):
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    moments = hessian.update(hessian.zero(3), jnp.asarray(x))
+    fields = {f"up.{name}": np.asarray(getattr(moments, name)) for name in ("sum", "error", "count")}
+    files.write_arrays(tmp_path / "m", fields)
+    found = calibration.load_moments(tmp_path / "m")["up"]
+    np.testing.assert_allclose(found.energy, np.sum(x * x), rtol=1e-5)
+    assert float(found.excess()) == 1 and float(found.peak) == 0
+    plain = report.plain(config)
+    assert recorded(plain) == config and config.token_cap == 100
+    del plain["token_cap"]
+    assert recorded(plain).token_cap == 0
+
+
 def test_a_massive_token_is_named(finished):
     row = json.loads(json.dumps(finished[1]))
     assert "massive" not in cli.table(row)
     row["layers"][6]["peak"], row["layers"][9]["peak"] = 331042.2, 20815.0
-    assert ("massive token     blocks.0.down: 3.31e+05 times the median squared norm, counted whole (2 layers have "
-            "such tokens)") in cli.table(row)
-    row["config"]["token_cap"] = 100.0
-    assert "counted as 100 times" in cli.table(row)
+    assert ("massive token     blocks.0.down: 3.31e+05 times the median squared norm, counted as 100 times (2 layers "
+            "have such tokens)") in cli.table(row)
+    row["config"]["token_cap"] = 0.0
+    assert "counted whole (2" in cli.table(row)
 
 
 def test_spilled_moments_are_read_again_and_change_no_byte(finished, config, tmp_path, monkeypatch):

@@ -58,6 +58,9 @@ def test_a_token_beyond_the_cap_counts_as_one_of_that_norm_and_others_as_they_ar
     peak = norms[1, 0] / np.median(norms[1])
     m = _moments(x, cap=1000.0)
     np.testing.assert_allclose(m.peak, peak, rtol=1e-12)
+    np.testing.assert_allclose(m.energy, norms.sum(), rtol=1e-12)
+    np.testing.assert_allclose(m.excess(), norms.sum() / np.trace(m.sum), rtol=1e-12)
+    assert m.excess() > 100 and abs(_moments(x).excess() - 1) < 1e-12
     np.testing.assert_array_equal(_moments(x, cap=1.01 * peak).sum, _moments(x, cap=np.inf).sum)
     x[1, 0] *= np.sqrt(1000 / peak)
     np.testing.assert_allclose(m.mean(), np.einsum("wti,wtj->ij", x, x) / 120, rtol=1e-12)
@@ -87,7 +90,7 @@ def test_with_a_low_cap_one_massive_token_leaves_the_others_as_well_kept_as_with
 def test_a_sum_that_plain_float32_loses_is_kept(merge):
     """2^24 + 1 = 2^24 in float32: two thousand single tokens after a large batch would vanish."""
     total = hessian.Moments(jnp.full((1, 1), 2.0**24, jnp.float32), jnp.zeros((1, 1), jnp.float32),
-                            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+                            jnp.zeros((), jnp.int32), *jnp.zeros((2, 1), jnp.float32)[:, 0])
     one = _moments(np.ones((1, 1)), np.float32)
     plain = total.sum
     for _ in range(200):
@@ -101,7 +104,7 @@ def test_a_random_float32_sum_is_exact_to_one_rounding():
 
     def add(total, gram):
         one = hessian.Moments(gram[None, None], jnp.zeros((1, 1), jnp.float32), jnp.int32(1),
-                              jnp.zeros((), jnp.float32))
+                              *jnp.zeros((2, 1), jnp.float32)[:, 0])
         return hessian.merge(total, one), None
 
     total = jax.jit(lambda g: jax.lax.scan(add, hessian.zero(1), g)[0])(jnp.asarray(grams))

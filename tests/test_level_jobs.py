@@ -12,7 +12,7 @@ import pytest
 import tiny
 from test_compress import interrupt_after, weight_files
 
-from caldera_jax import LevelConfig, levels, objective
+from caldera_jax import LevelConfig, hessian, levels, objective
 from caldera_jax.jobs import artifact, calibration, cli, evaluate, facts, level, page, student
 from caldera_jax.jobs.compress import compress, texts
 from caldera_jax.jobs.finetune import FinetuneConfig, finetune
@@ -94,6 +94,18 @@ def test_calibrating_on_compressed_blocks_meets_the_budget_too_and_changes_later
     assert 0.995 * BITS <= row["bits_per_weight"] <= BITS
     found = [layer["level"] for layer in row["layers"]]
     assert max(found) < 1.1 * min(found)
+
+
+def test_a_layer_whose_tokens_are_capped_has_finer_steps(config, tmp_path, monkeypatch):
+    """As if its outputs were so much more important: (1 + λ r) / (1 + λ), λ = 0.01."""
+    given, original = [], level.at_level
+    monkeypatch.setattr(level, "at_level", lambda *a: given.append(a[2]) or original(*a))
+    for i, excess in enumerate((1.0, 102.0)):
+        monkeypatch.setattr(hessian.Moments, "excess", lambda moments, excess=excess: excess)
+        compress(dataclasses.replace(config, bits=None, c=0.02), tmp_path / str(i))
+    plain, lifted = given[:len(given) // 2], given[len(given) // 2:]
+    for before, after in zip(plain, lifted, strict=True):
+        np.testing.assert_allclose(after, before * 2.02 / 1.01, rtol=1e-12)
 
 
 def test_low_rank_beside_the_integers_is_at_the_level_and_counted(config, tmp_path):

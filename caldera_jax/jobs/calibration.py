@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Key
-from safetensors import safe_open
 
 from caldera_jax import hessian
 from caldera_jax.hessian import Moments
@@ -96,13 +95,13 @@ def _over_processes(own: Moments) -> Moments:
     """The Moments of all processes, merged some rows at a time: no message is larger than one matrix."""
     host = jax.tree.map(np.array, own)
     step = -(-len(host.sum) // spread.count())
-    counts, peaks = (spread.gather(value)[:spread.holders()] for value in (host.count, host.peak))
+    scalars = [spread.gather(value)[:spread.holders()] for value in (host.count, host.peak, host.energy)]
     for i in range(0, len(host.sum), step):
         rows = slice(i, i + step)
-        parts = map(Moments, spread.gather(host.sum[rows]), spread.gather(host.error[rows]), counts, peaks)
+        parts = map(Moments, spread.gather(host.sum[rows]), spread.gather(host.error[rows]), *scalars)
         total = spread.fold(parts, _merge)
         host.sum[rows], host.error[rows] = total.sum, total.error
-    return Moments(jnp.asarray(host.sum), jnp.asarray(host.error), total.count, total.peak)
+    return Moments(jnp.asarray(host.sum), jnp.asarray(host.error), total.count, total.peak, total.energy)
 
 
 def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], blocks: int | None = None,
@@ -236,16 +235,12 @@ def load_moments(path: Path) -> dict[str, Moments]:
     """What ``save_moments`` wrote; ValueError naming a file that is missing or damaged."""
     arrays = files.read_arrays(path)
     names = sorted({key.rsplit(".", 1)[0] for key in arrays})
-    arrays = {f"{name}.peak": np.float32(0) for name in names} | arrays  # the first ones had none
+    first = {f"{name}.{field}": value for name in names for field, value in (
+        ("peak", np.float32(0)), ("energy", np.trace(arrays.get(f"{name}.sum", np.zeros((1, 1), np.float32)))))}
+    arrays = first | arrays  # the first ones had neither, and no cap
     if missing := {f"{name}.{field}" for name in names for field in Moments._fields} - arrays.keys():
         raise ValueError(f"{path}: no Moments: it lacks {min(missing)}: remove the file, to calibrate again")
     return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}
-
-
-def peak(path: Path, name: str) -> float:
-    """The ``Moments.peak`` in a file, which is not read for it."""
-    with safe_open(path, "np") as file:
-        return float(file.get_tensor(f"{name}.peak")) if f"{name}.peak" in file.keys() else 0.0  # noqa: SIM118
 
 
 def spilled(directory: Path, index: int, name: str) -> Path:

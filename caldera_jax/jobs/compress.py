@@ -140,11 +140,11 @@ def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:
     chosen = of_layers.get(path)
     caldera = config.caldera if chosen is None else Option(*revived(chosen["option"])).of(config.caldera)
     with job.clock.part() as part:
-        key, w, h = job.given(index, i)
+        given = job.given(index, i)
+        key, w, h, *_ = given
         layer, trace = compress_matrix(key, w, h, caldera, path)
         error, *achieved = (float(x) for x in _errors(w, layer, h))
-    row = record(path, layer, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part)
-    row |= job.peak(index, i)
+    row = record(path, layer, given, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part)
     if chosen is not None:
         losses = ErrorModel(*([x] for x in achieved[:2]), *achieved[2:])
         (loss,) = allocate.damage(config.allocation, layer.shape, losses, chosen["fisher"])

@@ -20,7 +20,7 @@ from caldera_jax.jobs import calibration, spread
 from caldera_jax.jobs.calibration import OutputFisher
 from caldera_jax.jobs.run import Run
 from caldera_jax.jobs.settings import budget, count, weights
-from caldera_jax.jobs.work import Work, paths, record
+from caldera_jax.jobs.work import Given, Work, paths, record
 from caldera_jax.levels import Curve, LevelConfig
 from caldera_jax.linear import at_level
 from caldera_jax.models import data, files, llama
@@ -113,13 +113,14 @@ def _measure(job: Work, g: Outputs, c: float | None, name: str, index: int, i: i
     path, config = f"blocks.{index}.{llama.LINEARS[i]}", job.config
     if job.run.recall(f"{path}.{name}") is not None:
         return
-    _, w, h = job.given(index, i)
+    given, of_outputs = _given(job, g, index, i)
+    _, w, h, *_ = given
     if c is None:
-        size = g[path] @ np.mean(np.asarray(w, np.float64) ** 2, axis=1) / len(w) * float(jnp.trace(h)) / len(h)
+        size = of_outputs @ np.mean(np.asarray(w, np.float64) ** 2, axis=1) / len(w) * float(jnp.trace(h)) / len(h)
         c = math.sqrt(max(size, 1e-30)) * 2.0 ** -min(config.bits, 6.0)
     some = min(len(w), ROWS)
     rows = np.arange(some) * len(w) // some
-    *parts, _ = at_level(w, h, g[path], c, config.level, path, rows)
+    *parts, _ = at_level(w, h, of_outputs, c, config.level, path, rows)
     job.run.keep(f"{path}.{name}", levels.measure(parts, c, config.level, rows)._asdict())
 
 
@@ -186,14 +187,26 @@ def _layer(job: Work, g: Outputs, c: float, turn: str, index: int, i: int) -> No
     path, run = f"blocks.{index}.{llama.LINEARS[i]}", job.run
     if (row := run.recall(path)) is None or row["level"] != c or run.layer(path) is None:
         with job.clock.part() as part:
-            _, w, h = job.given(index, i)
-            *parts, damping = at_level(w, h, g[path], c, job.config.level, path)
+            given, of_outputs = _given(job, g, index, i)
+            _, w, h, *_ = given
+            *parts, damping = at_level(w, h, of_outputs, c, job.config.level, path)
             layer = linear.packed(*parts, job.config.level)
             error, damage = map(float, _damage(w, layer, h, jnp.asarray(g[path], h.dtype)))
-        row = record(path, layer, error, damping, [], part) | job.peak(index, i)
+        row = record(path, layer, given, error, damping, [], part)
         row |= {"level": c, "predicted_damage": damage}
         run.keep_layer(path, layer, row)
     run.keep(f"{path}.{turn}", [c, row["bits"]])
+
+
+def _given(job: Work, g: Outputs, index: int, i: int) -> tuple[Given, Float[np.ndarray, " m"]]:
+    """A layer, and the importance of its outputs.
+
+    Where the cap leaves out tokens that make tr H r times as large, g grows by (1 + λ r) / (1 + λ): about what damping
+    by λ tr H of the whole tokens would do to D.  This is found, not derived (experiments/README.md, One level): where
+    attention rests on a massive token, finer steps for its layer pay more than H and g say.
+    """
+    given, damping = job.given(index, i), job.config.level.damping
+    return given, g[f"blocks.{index}.{llama.LINEARS[i]}"] * (1 + damping * given.excess) / (1 + damping)
 
 
 @jax.jit

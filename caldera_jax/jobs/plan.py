@@ -51,7 +51,7 @@ def _measure(job: Work, choices: dict[str, Any], index: int, i: int) -> None:
     """The error model of one layer, written unless it is there."""
     path = f"blocks.{index}.{llama.LINEARS[i]}"
     if job.run.recall(f"{path}.options") is None:
-        found = allocate.error_model(*job.given(index, i), job.config.caldera, choices[llama.LINEARS[i]][0], path)
+        found = allocate.error_model(*job.given(index, i)[:3], job.config.caldera, choices[llama.LINEARS[i]][0], path)
         job.run.keep(f"{path}.options", found._asdict())
 
 

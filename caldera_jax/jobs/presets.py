@@ -14,7 +14,8 @@ PRESETS = {
     "default": RunConfig("", CalderaConfig(rank=64, outer_iterations=15, inner_iterations=10, svd="randomized")),
     # The settings of the authors' scripts since November 2025.
     "paper": RunConfig("", CalderaConfig(rank=64, outer_iterations=20, inner_iterations=50, downdate=True,
-                                         refine_passes=10, svd="exact"), Tokens(windows=256, window=1024), seed=42),
+                                         refine_passes=10, svd="exact"), Tokens(windows=256, window=1024), seed=42,
+                       token_cap=0.0),
 }
 
 TRAININGS = {

@@ -42,7 +42,7 @@ class RunConfig:
     """All that decides the result of a run.
 
     bos: windows of calibration and evaluation begin with the model's BOS, which takes the place of their last token.
-    token_cap: how much of one token counts in the Moments (``hessian.update``); 0: all of it.
+    token_cap: how much of one token counts in the Moments (``hessian.update``); 0: all of it, as in the paper.
     hessians: a directory of Hessians as the authors released them, instead of calibrating.
     blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
     in the paper, or on the model whose earlier blocks are compressed already.
@@ -70,7 +70,7 @@ class RunConfig:
     c: float | None = None
     importance: Importance = Importance()
     bos: bool = False
-    token_cap: float = 0.0
+    token_cap: float = 100.0
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):
@@ -115,7 +115,8 @@ class RunConfig:
 def recorded(value: Any) -> RunConfig:
     """The inverse of ``report.plain``: the RunConfig that a manifest's ``run`` holds as ``config``; ValueError if it is
     none."""
-    return files.checked(revived(value), RunConfig, "the run's configuration")
+    known = {"token_cap": 0.0, **value} if isinstance(value, dict) else value  # the first ones had none
+    return files.checked(revived(known), RunConfig, "the run's configuration")
 
 
 def revived(value: Any) -> Any:

@@ -19,6 +19,17 @@ from caldera_jax.models import llama
 from caldera_jax.models.convert import Model
 
 
+class Given(NamedTuple):
+    """A layer's key, weights and Hessian, its inputs' largest token, and how much of them the cap leaves out
+    (``hessian.Moments``; 0 and 1 where they are not known)."""
+
+    key: Array
+    w: Array
+    h: Array
+    peak: float
+    excess: float
+
+
 class Work(NamedTuple):
     """A run on its way; ``folder``: of the Moments."""
 
@@ -28,22 +39,17 @@ class Work(NamedTuple):
     clock: report.Clock
     folder: Path
 
-    def given(self, index: int, i: int) -> tuple[Array, Array, Array]:
-        """(key, W, H) of layer i of a block."""
+    def given(self, index: int, i: int) -> Given:
+        """What layer i of a block is compressed from."""
         name = llama.LINEARS[i]
         source = llama.INPUT_OF[name]
         key = jax.random.fold_in(jax.random.key(self.config.seed), index * len(llama.LINEARS) + i)
         w = jnp.asarray(self.model.params["blocks"][index][name])
         if self.config.hessians is None:
-            return key, w, calibration.load_moments(calibration.spilled(self.folder, index, source))[source].mean()
+            moments = calibration.load_moments(calibration.spilled(self.folder, index, source))[source]
+            return Given(key, w, moments.mean(), float(moments.peak), float(moments.excess()))
         hessians = Path(self.config.hessians)
-        return key, w, jnp.asarray(calibration.released(hessians, self.model.config, index, source))
-
-    def peak(self, index: int, i: int) -> dict[str, float]:
-        """What the record of a layer says of its largest token."""
-        source = llama.INPUT_OF[llama.LINEARS[i]]
-        return {} if self.config.hessians else {
-            "peak": calibration.peak(calibration.spilled(self.folder, index, source), source)}
+        return Given(key, w, jnp.asarray(calibration.released(hessians, self.model.config, index, source)), 0.0, 1.0)
 
     def bar(self, title: str, group: Sequence[int], leave: bool = True) -> tqdm:
         """Progress of this process through its layers of these blocks, for ``each``."""
@@ -78,7 +84,7 @@ def paths(group: Sequence[int]) -> list[str]:
     return [f"blocks.{index}.{name}" for index in group for name in llama.LINEARS]
 
 
-def record(path: str, layer: CompressedLinear, error: float, damping: float, half_steps: list[float],
+def record(path: str, layer: CompressedLinear, given: Given, error: float, damping: float, half_steps: list[float],
            part: dict[str, float]) -> dict[str, Any]:
     """What the report says of one layer.  ``bits``: all stored bits of the layer; ``error``: against the undamped H."""
     (m, n), parts = layer.shape, layer.bits_of_parts()
@@ -89,4 +95,5 @@ def record(path: str, layer: CompressedLinear, error: float, damping: float, hal
     return {"path": path, "shape": [m, n], "error": error, "bits": sum(parts), "bits_per_weight": sum(parts) / (m * n),
             "rank": layer.rank, "q_bits": q_bits, "factor_bits": factor_bits, "damping": damping,
             "half_step_errors": half_steps, "seconds": round(part["seconds"], 3),
-            "compile_seconds": round(part["compile_seconds"], 3), "process": spread.rank()}
+            "compile_seconds": round(part["compile_seconds"], 3), "process": spread.rank(),
+            **({"peak": given.peak} if given.peak else {})}
