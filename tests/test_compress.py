@@ -304,6 +304,34 @@ def test_how_much_one_token_counts_is_the_runs_choice(config, activations, tmp_p
     assert errors[0.0] == errors[1e4] and errors[1.0][0] != errors[0.0][0]
 
 
+@pytest.mark.parametrize("activations", ["dense", "compressed"])
+def test_moments_of_one_block_lie_on_the_disk_at_a_time(config, activations, tmp_path, monkeypatch):
+    spill, seen = calibration.spill, []
+
+    def counted(directory, index, moments):
+        seen.append(len(list(directory.glob("moments_*"))))
+        spill(directory, index, moments)
+
+    monkeypatch.setattr(calibration, "spill", counted)
+    compress(dataclasses.replace(config, activations=activations), tmp_path / "out")
+    assert seen == [0, 0]
+
+
+@pytest.mark.parametrize(("layers", "blocks"), [(3, [1]), (7, [1]), (10, [])])
+def test_a_resumed_run_calibrates_only_blocks_without_moments(finished, config, tmp_path, monkeypatch, layers, blocks):
+    """Those of a block are there until all its layers are; to reach the second, the streams go through the first."""
+    moments, calibrated = calibration.Inputs.moments, []
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, layers)
+        if layers == 7:  # between the blocks
+            patch.setattr(calibration.Inputs, "moments", lambda self, i: moments(self, 0 if i == 0 else 1 / 0))
+        with pytest.raises(ZeroDivisionError if layers == 7 else KeyboardInterrupt):
+            compress(config, tmp_path / "out")
+    monkeypatch.setattr(calibration.Inputs, "moments", lambda self, i: calibrated.append(i) or moments(self, i))
+    compress(config, tmp_path / "out")
+    assert calibrated == blocks and weight_files(tmp_path / "out") == weight_files(finished[0])
+
+
 def test_moments_and_runs_of_before_the_cap_are_of_whole_tokens(config, tmp_path):
     x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     moments = hessian.update(hessian.zero(3), jnp.asarray(x))

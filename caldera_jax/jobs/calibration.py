@@ -143,7 +143,7 @@ class Inputs:
 def of_block(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
              index: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(W [m, n], H [n, n]) of every linear layer of one block, by the names of ``llama.LINEARS``: layers to study."""
-    *_, (_, moments) = collect(config, params, tokens, index + 1)
+    moments = Inputs(config, params, tokens).moments(index)
     return {name: (np.asarray(params["blocks"][index][name]), np.asarray(moments[llama.INPUT_OF[name]].mean()))
             for name in llama.LINEARS}
 

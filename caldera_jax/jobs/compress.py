@@ -86,10 +86,12 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
             first = job._replace(folder=run.work / "first" if kept is None else kept / moments_hash(
                 run.identity | {"config": report.plain(replace(config, activations="dense")),
                                 "calibration_sha256": files.sha256(few)}))
-            some = calibration.Inputs(model.config, dense, few, cap=config.cap)
-            known = level.curves(first, g, partial(_calibrate, some, first), partial(_drop, first, kept))
+            calibrate = partial(_calibrate, calibration.Inputs(model.config, dense, few, cap=config.cap), first)
+            known = level.curves(first, g, calibrate, partial(_drop, first, kept))
+            del calibrate  # its streams
     elif config.bits is not None:
-        for index in tqdm(range(chosen), "calibrate", disable=spread.rank() > 0, unit="block", leave=False):
+        unplanned = range(chosen if spread.first(run.recall("plan")) is None else 0)
+        for index in tqdm(unplanned, "calibrate", disable=spread.rank() > 0, unit="block", leave=False):
             _calibrate(inputs, job, index)
         of_layers = plan.plan(job, tokens)
     bar = job.bar("compress", [i for i in range(chosen) if spread.first(run.recall(f"block.{i}")) is None])
