@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
@@ -26,6 +27,7 @@ CONFIGS = {
     "mistral": dataclasses.replace(PLAIN, sliding_window=16),
     "qwen2": dataclasses.replace(PLAIN, qkv_bias=True),
 }
+HF = CONFIGS | tiny.FAMILIES
 read = lambda model: (model[0], weights.whole(model[1]))
 forward = jax.jit(llama.forward, static_argnums=0)
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, 24)))
@@ -56,10 +58,13 @@ def test_saving_and_loading_is_exact_whatever_the_shards(tmp_path, dtype, shard_
     assert_equal_trees(loaded, params)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_every_configuration_survives_its_file(tmp_path, config):
-    convert.save_hf(tmp_path, config, make(config))
-    assert convert.from_hf(tmp_path)[0] == config
+@pytest.mark.parametrize("config", HF.values(), ids=HF.keys())
+def test_every_configuration_and_all_its_arrays_survive_their_files(tmp_path, config):
+    params = make(config)
+    convert.save_hf(tmp_path, config, params)
+    found, loaded = read(convert.from_hf(tmp_path))
+    assert found == config
+    assert_equal_trees(loaded, params)
 
 
 def test_a_configuration_that_no_architecture_describes_is_not_written(tmp_path):
