@@ -55,8 +55,11 @@ _gradient = jax.jit(jax.grad(likelihood, argnums=1), static_argnums=0)
 _forward = jax.jit(llama.forward, static_argnums=0)
 
 
-@pytest.fixture(scope="module", params=[SMALL, dataclasses.replace(SMALL, tied=True, qkv_bias=True)],
-                ids=["plain", "tied, biases"])
+@pytest.fixture(scope="module", params=[
+    SMALL, dataclasses.replace(SMALL, tied=True, qkv_bias=True),
+    dataclasses.replace(SMALL, family="gemma2", sliding_window=2, local=(True, False), attention_cap=2.0,
+                        logit_cap=3.0),
+    dataclasses.replace(SMALL, family="olmo2")], ids=["plain", "tied, biases", "gemma2", "olmo2"])
 def fishers(request):
     """Config, params, windows, the key, and the Fisher information by block."""
     config, params, key = request.param, make(request.param), jax.random.key(5)

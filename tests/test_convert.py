@@ -79,22 +79,38 @@ def test_a_model_is_not_written_over_another(tmp_path):
         convert.save_hf(tmp_path, PLAIN, make(PLAIN))
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+SAVED = {
+    "Llama": {"rope_theta": 5e4, "tie_word_embeddings": True}, "Mistral": {"sliding_window": 5}, "Qwen2": {},
+    "Qwen3": {"head_dim": 10},
+    "Gemma2": {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0,
+               "final_logit_softcapping": 5.0},
+    "Gemma3Text": {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 20, "sliding_window_pattern": 3,
+                   "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default",
+                                                                                      "rope_theta": 50.0}}},
+    "Phi3": {"sliding_window": 6}, "Olmo2": {},
+    "Granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
+                "logits_scaling": 1.7},
+}  # fmt: skip
+
+
 @pytest.mark.extra
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize("kind", SAVED)
 def test_what_transformers_saves_gives_the_same_logits(tmp_path, kind):
     torch = pytest.importorskip("torch", reason="torch is the other side of this test")
     transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
-    options = {"Llama": {"rope_theta": 5e4, "tie_word_embeddings": True}, "Mistral": {"sliding_window": 5}, "Qwen2": {}}
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=64, **options[kind])  # fmt: skip
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        vocab_size=50, hidden_size=36, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=52, max_position_embeddings=64, pad_token_id=None, **SAVED[kind])
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
+    model.set_attn_implementation("eager")  # others leave out soft caps
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = model(torch.tensor(np.array(TOKENS))).logits.numpy()
+    assert expected.std() > 0.3
     config, params = read(convert.from_hf(tmp_path))
     np.testing.assert_allclose(forward(config, params, TOKENS), expected, atol=1e-4)
 

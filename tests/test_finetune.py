@@ -106,10 +106,11 @@ def wide(tree):
     return jax.tree.map(lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
-@pytest.fixture(scope="module")
-def small():
+@pytest.fixture(scope="module", params=[{}, {"family": "gemma2", "sliding_window": 3, "local": (True, False)}],
+                ids=["llama", "gemma2"])
+def small(request):
     """A float64 model of two blocks with layers of every kind of grid, and its tokens."""
-    config = dataclasses.replace(tiny.CONFIG, vocab=31, layers=2)
+    config = dataclasses.replace(tiny.CONFIG, vocab=31, layers=2, **request.param)
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), llama.init(jax.random.key(3), config, jnp.float64))
     dense = {**params, "blocks": [dict(block) for block in params["blocks"]]}
     for block, caldera in zip(params["blocks"], (E8P, dataclasses.replace(CHEAP, rotation="orthogonal")), strict=True):
@@ -122,8 +123,8 @@ def small():
 def goals(small):
     config, params, dense, tokens = small
     x = llama.embed(config, dense, tokens)
-    for block in dense["blocks"]:
-        x, _ = llama.block(config, block, x, jnp.arange(9))
+    for i, block in enumerate(dense["blocks"]):
+        x, _ = llama.block(config.at(i), block, x, jnp.arange(9))
     labels, lengths = np.array([0, 1, 2, 1]), np.array([9, 4, 1, 6])
     return {"distill": Batch(tokens, np.asarray(x)), "text": Batch(tokens),
             "labels": Batch(tokens, None, labels, lengths)}
@@ -176,7 +177,7 @@ def test_the_losses_are_those_of_the_definitions(small):
     model, free = students.student(config, params | {"classifier": classifier}, TrainConfig(goal="labels", batch=4), 3)
     np.testing.assert_array_equal(free["classifier"], classifier.astype(np.float32))  # it goes on from there
     x = np.asarray(model.streams(wide(free), model.place(batch))[-1])[np.arange(4), batch.lengths - 1]
-    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * params["norm"]
+    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * (params["norm"] + config.row.gain)
     q = softmax(x @ classifier.astype(np.float32).astype(np.float64).T)
     own = -np.log(q[np.arange(4), batch.labels]).mean()
     assert float(model.loss(wide(free), model.place(batch))) == pytest.approx(own, rel=1e-6)

@@ -189,9 +189,10 @@ def test_attention_in_tiles_of_any_size_has_the_same_outcome_and_gradients(windo
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), outcome(), expected)
 
 
-@pytest.mark.parametrize("window", [None, 4096])
-def test_attention_of_long_sequences_holds_a_bounded_number_of_scores(window):
-    config = dataclasses.replace(GQA, context=8192, sliding_window=window)
+@pytest.mark.parametrize("change", [{}, {"sliding_window": 4096}, {"family": "gemma2", "attention_cap": 50.0}],
+                         ids=["all", "window", "soft cap"])
+def test_attention_of_long_sequences_holds_a_bounded_number_of_scores(change):
+    config = dataclasses.replace(GQA, context=8192, **change)
     attend = lambda q, k, v: llama.attention(config, q, k, v, jnp.arange(8192), jnp.arange(8192))
     pull = jax.grad(lambda *x: jnp.sum(attend(*x)), argnums=(0, 1, 2))
     q, k = (jax.ShapeDtypeStruct((4, 8192, heads, config.head_dim), jnp.float32) for heads in (6, 2))

@@ -27,9 +27,9 @@ FAMILIES = {  # beyond Llama's: every number that one has is not what others com
 WORDS = "the lattice code of each layer rounds its weights and feeds the error back into columns yet to come".split()
 
 
-def write_model(directory: Path, config: llama.LlamaConfig = CONFIG) -> Path:
+def write_model(directory: Path, config: llama.LlamaConfig = CONFIG, params: llama.Params | None = None) -> Path:
     """A Hugging Face directory that ``convert.load`` reads."""
-    convert.save_hf(directory, config, llama.init(jax.random.key(0), config))
+    convert.save_hf(directory, config, params or llama.init(jax.random.key(0), config))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

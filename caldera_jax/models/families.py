@@ -111,7 +111,7 @@ TABLE = (
 )  # fmt: skip
 
 ARCHITECTURES = {row.architecture: row for row in TABLE}
-FORWARD = {row.name: row for row in reversed(TABLE)}  # of rows of one name, which compute the same, the first
+FORWARD = {row.name: row for row in TABLE}  # rows of one name compute the same
 
 
 def tensors(row: Family) -> dict[str, str]:

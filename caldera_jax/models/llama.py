@@ -110,10 +110,12 @@ class LlamaConfig:
                              f"{self.rope_theta} and {self.norm_eps}")
         if self.family not in families.FORWARD:
             raise ValueError(f"unknown family {self.family!r}: known are {', '.join(families.FORWARD)}")
-        for name in ("attention_scale", "attention_cap", "logit_cap", "logit_divisor", "embed_scale", "residual_scale",
-                     "local_theta"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+        own = {*self.row.numbers, "family", *["local"] * (self.row.window == "local")}
+        for f in (f for f in fields(self) if not f.repr):
+            if (value := getattr(self, f.name)) != f.default and f.name not in own:
+                raise ValueError(f"blocks of family {self.family!r} have no {f.name}, got {value}")
+            if isinstance(value, float) and not 0 < value < math.inf:
+                raise ValueError(f"{f.name} must be positive and finite, got {value}")
         if len(self.local) not in (0, self.layers) or any(self.local) and self.sliding_window is None:
             raise ValueError(f"local needs an entry for each of the {self.layers} blocks, and a sliding_window where "
                              f"one is true; got {len(self.local)} and {self.sliding_window}")
