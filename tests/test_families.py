@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import test_export
 import tiny
 from safetensors.numpy import load_file, save_file
 from test_convert import write_gguf
@@ -79,8 +80,18 @@ def test_blocks_of_a_kind_share_one_program():
     before = calibration.forward._cache_size()
     evaluate.perplexity(config, make(config), sample(config, 2, 16))
     assert calibration.forward._cache_size() - before == 2
-    llama_config = tiny.CONFIG
-    assert llama_config.at(1) is llama_config
+    assert tiny.CONFIG.at(1) is tiny.CONFIG
+
+
+def test_the_configuration_of_a_whole_model_is_none_of_a_block_where_blocks_differ():
+    config = FAMILIES["gemma2"]
+    params, x = make(config), jnp.zeros((1, 3, config.dim), jnp.float32)
+    cache = llama.empty_cache(config, 1, 3)
+    for call in (lambda config: llama.block(config, params["blocks"][0], x, jnp.arange(3)),
+                 lambda config: llama.cached_block(config, params["blocks"][0], x, cache, jnp.arange(3)[None])):
+        call(config.at(0))
+        with pytest.raises(ValueError, match=r"blocks of this model differ: .*config\.at\(index\)"):
+            call(config)
 
 
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16, np.float32])
@@ -266,6 +277,24 @@ def test_a_manifest_keeps_all_of_a_family(config):
     assert f"family='{config.family}'" in repr(config) and len({repr(c) for c in FAMILIES.values()}) == len(FAMILIES)
     with pytest.raises(ValueError, match="here: .*family 'llama' have no|here: family"):
         artifact._config({**kept, "logit_cap": 2.0, "family": "llama"}, "here")
+
+
+@pytest.mark.extra
+@every_family
+def test_transformers_reads_what_is_exported_with_our_logits_and_tokens(config, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is the other side of this test")
+    transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
+    config = dataclasses.replace(config, vocab=420)
+    params = jax.tree.map(np.asarray, make(config))
+    model = convert.Model(config, params, test_export.byte_level("gpt-2"), "a/tiny one", {"eos_token": "<|end|>"})
+    export.export(model, "hf", tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(test_export.TOKENS, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(forward(config, model.params, jnp.asarray(test_export.TOKENS)), expected, atol=1e-4)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in test_export.TEXTS:
+        assert read(text)["input_ids"] == model.tokenizer.encode(text).ids
 
 
 # ---- what the commands make of it

@@ -1,6 +1,7 @@
 """Files of dense models <-> (LlamaConfig, params): Hugging Face directories, GGUF files, hub ids and the built-ins.
 
-Arrays are NumPy arrays in the type of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32).
+Directories hold any family of ``families``, GGUF files Llama, Mistral and Qwen2.  Arrays are NumPy arrays in the type
+of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32).
 Embedding, last norm and head are read at once; a block is a ``weights.Block``, which reads a weight each time it is
 asked for it, so that a model need not fit in memory. Nothing is guessed: a tensor that is missing, left over or of the
 wrong shape, and any option of the model that ``llama`` does not compute, is a ValueError.
@@ -160,18 +161,17 @@ def save_hf(directory: str | Path, config: LlamaConfig, params: Params, shard_by
 def _tensors(config: LlamaConfig, names: dict[str, str], params: Params
              ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Any]]]:
     """Name in the file, shape, and how to get it, of every tensor of the params in turn: ``assemble``'s inverse."""
-    table, fused = (config.vocab, config.dim), by_tensor(config, names)
+    table, tensors = (config.vocab, config.dim), by_tensor(config, names)
     for part, shape in {"embed": table, "norm": (config.dim,), "head": table}.items():
         if part != "head" or not config.tied:
             yield names[part], shape, partial(params.__getitem__, part)
     for i, block in enumerate(tqdm(params["blocks"], "writing", unit="block", leave=False, disable=None)):
-        for name, parts in fused.items():
-            rows = sum(shape[0] for shape in parts.values())
-            yield name.format(i), (rows, *next(iter(parts.values()))[1:]), partial(_stacked, block, parts)
+        yield from ((name.format(i), shape, partial(_stacked, block, parts))
+                    for name, (shape, parts) in tensors.items())
 
 
 def _stacked(block, parts):
-    """The rows of these parts, one below the other."""
+    """These parts, one below the other."""
     found = [block[part] for part in parts]
     return found[0] if len(found) == 1 else np.concatenate([np.asarray(rows) for rows in found])
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Key(NamedTuple):
-    """A number of config.json, whole or not, that may be null or not; how it becomes a field of LlamaConfig, and back.
-    """
+    """A number of config.json, and how it becomes a field of LlamaConfig and comes back."""
 
     name: str
     whole: bool = False
@@ -26,13 +25,13 @@ class Family(NamedTuple):
     norms: a block's gains -> the modules that hold them; before the layers (``attn_norm``, ``ffn_norm``), on what they
     put out (``attn_post_norm``, ``ffn_post_norm``), and on queries and keys (``q_norm``, ``k_norm``).
     qk_norm: whether the latter are over each "head", or over the whole "projection".
-    gain: what is added to every gain.  root_scale: whether embeddings are multiplied by sqrt(dim), rounded to their
-    own type.  fused: tensors that hold the rows of several layers, one layer below the other.
-    defaults: what the configuration class assumes where config.json is silent.  numbers: further fields, by their keys.
-    fixed: fields that the architecture tells.
-    window: which blocks have the sliding window, "all", or "local", those that ``layer_types`` says; else it is idle.
-    pattern: of silent ``layer_types``, every so-manieth sees all.
-    idle: values besides None and False at which a key changes nothing, as any other would; rope: scalings that exist.
+    gain: added to every gain.  root_scale: embeddings are multiplied by sqrt(dim), rounded to their own type.
+    fused: parts -> the module that holds the rows of several, one part below the other.
+    defaults: what the configuration class assumes where config.json is silent.
+    numbers: fields of LlamaConfig that Llama lacks -> their keys.  fixed: fields that the architecture tells.
+    window: which blocks have the sliding window: "all", or "local", those that ``layer_types`` says; "": none.
+    pattern: where nothing tells the kinds, one block in so many, the last of them, sees all.
+    idle: keys that are refused but where they are null, false or one of these values.  rope: known kinds of scaling.
     """
 
     architecture: str
@@ -64,7 +63,7 @@ _GEMMA = {  # of both
     "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
     "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
 }  # fmt: skip
-_SCALAR = Key("query_pre_attn_scalar", True, read=lambda scalar: scalar**-0.5, write=lambda scale: round(scale**-2))
+_SCALAR = Key("query_pre_attn_scalar", whole=True, read=lambda n: n**-0.5, write=lambda scale: round(scale**-2))
 _CAP = Key("final_logit_softcapping", null=True)
 _GEMMA_2 = Family(
     "Gemma2ForCausalLM", "gemma2", "gemma2", _BOTH, gain=1.0, root_scale=True, activation="gelu_pytorch_tanh",

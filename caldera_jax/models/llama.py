@@ -164,8 +164,8 @@ def block_weights(config: LlamaConfig) -> int:
 def vector_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
     """(length,) of each of a block's gains and, where there are any, biases."""
     of = shapes(config)
-    widths = {"q_norm": of["q"][0], "k_norm": of["k"][0]} if config.row.qk_norm == "projection" else {
-        "q_norm": config.head_dim, "k_norm": config.head_dim}
+    widths = {f"{name}_norm": {"head": config.head_dim, "projection": of[name][0]}.get(config.row.qk_norm)
+              for name in "qk"}
     biases = {f"{name}_bias": of[name][:1] for name in "qkv"} if config.qkv_bias else {}
     return {name: (widths.get(name, config.dim),) for name in config.row.norms} | biases
 
@@ -176,13 +176,14 @@ def init(key: PRNGKeyArray | UInt32[Array, "2"], config: LlamaConfig, dtype=jnp.
     def normal(key, shape):
         return jax.random.normal(key, shape, dtype) / math.sqrt(shape[1])
 
+    unit = 1 - config.row.gain
+
     def one_block(key):
         keys = jax.random.split(key, len(LINEARS))
         weights = {name: normal(k, shape) for k, (name, shape) in zip(keys, shapes(config).items(), strict=True)}
         vectors = {n: jnp.full(s, unit if n.endswith("norm") else 0.0, dtype) for n, s in vector_shapes(config).items()}
         return weights | vectors
 
-    unit = 1 - config.row.gain
     embed_key, head_key, *block_keys = jax.random.split(key, config.layers + 2)
     table = (config.vocab, config.dim)
     params = {"embed": normal(embed_key, table), "blocks": [one_block(k) for k in block_keys]}
@@ -296,9 +297,9 @@ def block(
 ) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "b s _"]]]:
     """One decoder block: the new residual stream, and the inputs of its linear layers by ``INPUT_OF``.
 
-    ``config``: of this block, ``config.at(index)``. Inputs that the caller drops cost nothing under ``jit``.
+    ``config``: of this block, ``config.at(index)``; ValueError for that of a whole model whose blocks differ.
+    Inputs that the caller drops cost nothing under ``jit``.
     """
-
     h = _normed(config, params, "attn_norm", x)
     q, k, v = _heads(config, params, h, positions)
     return _after(config, params, x, h, attention(config, q, k, v, positions, positions))
@@ -306,6 +307,8 @@ def block(
 
 def _heads(config, params, h, positions):
     """Queries and keys, rotated, and values."""
+    if config.local:  # which of the kinds would be a guess
+        raise ValueError("blocks of this model differ: give the configuration of one, config.at(index)")
 
     def project(name):
         y = apply(params[name], h)
@@ -368,8 +371,7 @@ def head(config: LlamaConfig, params: Params, x: Float[Array, "b s d"]) -> Float
 
 
 def forward(config: LlamaConfig, params: Params, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s v"]:
-    """Logits of the next token at each position. Compiling it unrolls the blocks; ``block`` alone compiles once a kind.
-    """
+    """Logits of the next token at each position. Compiling it unrolls the blocks; ``block`` compiles once a kind."""
     x, positions = embed(config, params, tokens), jnp.arange(tokens.shape[1])
     for i, block_params in enumerate(params["blocks"]):
         x, _ = block(config.at(i), block_params, x, positions)

@@ -63,11 +63,12 @@ def whole(params: Params) -> Params:
     return params | {"blocks": [dict(block) for block in params["blocks"]]}
 
 
-def by_tensor(config: LlamaConfig, names: dict[str, str]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Tensor of a block -> the shapes of the parts that it holds, most often one, in the order of its rows."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for part, shape in (llama.shapes(config) | llama.vector_shapes(config)).items():
-        found.setdefault(names[part], {})[part] = shape
+def by_tensor(config: LlamaConfig, names: dict[str, str]) -> dict[str, tuple[tuple[int, ...], dict[str, slice]]]:
+    """Tensor of a block -> its shape, and the parts that it holds, most often one, with their rows."""
+    found: dict[str, tuple[tuple[int, ...], dict[str, slice]]] = {}
+    for part, (count, *width) in (llama.shapes(config) | llama.vector_shapes(config)).items():
+        (start, *_), parts = found.get(names[part], ((0,), {}))
+        found[names[part]] = (start + count, *width), parts | {part: slice(start, start + count)}
     return found
 
 
@@ -90,14 +91,12 @@ def assemble(config: LlamaConfig, names: dict[str, str], tensors: dict[str, Tens
 
     def block(index):
         found = {}
-        for name, parts in fused.items():
-            rows, *width = zip(*parts.values(), strict=True)
-            read, ends = take(name.format(index), (sum(rows), *(w[0] for w in width))), np.cumsum(rows).tolist()
-            found |= {part: read if len(parts) == 1 else partial(read, slice(end - count, end))
-                      for part, count, end in zip(parts, rows, ends, strict=True)}
+        for name, (shape, parts) in tensors_of_block.items():
+            read = take(name.format(index), shape)
+            found |= {part: partial(read, rows) if len(parts) > 1 else read for part, rows in parts.items()}
         return Block(found)
 
-    fused, table = by_tensor(config, names), (config.vocab, config.dim)
+    tensors_of_block, table = by_tensor(config, names), (config.vocab, config.dim)
     others = {"embed": take(names["embed"], table), "norm": take(names["norm"], (config.dim,))}
     others |= {} if config.tied else {"head": take(names["head"], table)}
     blocks = [block(index) for index in range(config.layers)]
