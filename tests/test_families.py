@@ -19,7 +19,7 @@ from test_convert import write_gguf
 from test_llama import forward, make, sample
 
 from caldera_jax import CalderaConfig, LevelConfig
-from caldera_jax.jobs import artifact, calibration, cli, evaluate, export, generate, harness
+from caldera_jax.jobs import artifact, calibration, cli, evaluate, export, generate
 from caldera_jax.jobs.compress import compress
 from caldera_jax.jobs.finetune import FinetuneConfig, finetune
 from caldera_jax.jobs.settings import Importance, RunConfig
@@ -300,14 +300,28 @@ def test_transformers_reads_what_is_exported_with_our_logits_and_tokens(config, 
 # ---- what the commands make of it
 
 
-@every_family
-def test_losses_block_by_block_are_those_of_the_whole_model(config):
+def losses(config):
+    """Params, tokens, and the loss of each but the first by the whole model at once."""
     params, tokens = make(config, dtype=np.float64), sample(config, 3, 24)
     logits = np.asarray(jax.nn.log_softmax(forward(config, params, tokens)))
-    expected = -np.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+    return params, tokens, -np.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+
+
+@every_family
+def test_losses_block_by_block_are_those_of_the_whole_model(config):
+    params, tokens, expected = losses(config)
     np.testing.assert_allclose(evaluate.token_losses(config, params, tokens), expected, rtol=1e-9)
-    for (found, _), losses in zip(harness.score(config, params, tokens.tolist(), 23), expected, strict=True):
-        np.testing.assert_allclose(-found, losses, rtol=1e-9)
+
+
+@pytest.mark.extra
+@every_family
+def test_tasks_are_scored_with_the_losses_of_the_whole_model(config):
+    pytest.importorskip("lm_eval", reason="tasks need lm_eval")
+    from caldera_jax.jobs import harness
+
+    params, tokens, expected = losses(config)
+    for (found, _), row in zip(harness.score(config, params, tokens.tolist(), 23), expected, strict=True):
+        np.testing.assert_allclose(-found, row, rtol=1e-9)
 
 
 @every_family
