@@ -146,6 +146,25 @@ def test_gemma_3_is_read_in_its_old_words_and_in_its_new_ones():
     assert convert.config_from_hf(raw(GEMMA_2)).local == (True, False) * 2
 
 
+def test_a_silent_granite_multiplies_by_1_and_its_scores_too():
+    config = convert.config_from_hf(raw("GraniteForCausalLM"))
+    scales = config.embed_scale, config.residual_scale, config.attention_scale, config.logit_divisor
+    assert scales == (1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("name", "modules"), [
+    ("qwen3", "input_layernorm post_attention_layernorm self_attn.k_norm self_attn.q_norm"),
+    ("gemma2", "input_layernorm post_attention_layernorm post_feedforward_layernorm pre_feedforward_layernorm"),
+    ("olmo2", "post_attention_layernorm post_feedforward_layernorm self_attn.k_norm self_attn.q_norm"),
+    ("phi3", "input_layernorm post_attention_layernorm"),
+])
+def test_norms_have_the_names_of_transformers(name, modules, tmp_path):
+    convert.save_hf(tmp_path, FAMILIES[name], make(FAMILIES[name]))
+    names = sorted(load_file(tmp_path / "model.safetensors"))
+    layer = [name.removeprefix("model.layers.3.").removesuffix(".weight") for name in names if ".3." in name]
+    assert " ".join(name for name in layer if "norm" in name) == modules
+
+
 def test_a_gemma_without_local_layers_needs_no_window():
     config = convert.config_from_hf(raw(GEMMA_2, layer_types=["full_attention"] * 4, sliding_window=None))
     assert config.sliding_window is None and not any(config.local)
@@ -172,6 +191,7 @@ LONG = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
     (GEMMA_2, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers = 4"),
     (GEMMA_2, {"layer_types": ["chunked_attention"] * 4}, "layer_types has chunked_attention, and supported are"),
     (GEMMA_2, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "of its own for full_attention"),
+    (GEMMA_2, {"num_hidden_layers": 2**50}, "num_hidden_layers = 1125899906842624, more than any model has"),
     (GEMMA_3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
     (GEMMA_3, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     (GEMMA_3, {"sliding_window_pattern": 2, "layer_types": ["full_attention"] * 4}, "pattern = 2 and layer_types diff"),

@@ -261,6 +261,20 @@ def test_a_step_is_adamw_with_a_rate_for_signs_and_one_for_factors_and_no_decay_
     np.testing.assert_allclose(of["trained"][1], -2 - 1e-3 * (1 - 0.5 * 2), rtol=1e-6)
 
 
+def test_reconstruction_starts_from_the_distance_of_each_block_from_the_dense_one(small):
+    config, params, dense, tokens = small
+    model, free = students.student(config, params, TrainConfig(goal="text", ranks=2, reconstruct=1, epochs=0, batch=4))
+    free = wide(free)
+    state = training.fit(model, free, Batch(tokens), Batch(tokens[:1]), dense=dense["blocks"])
+    x = target = llama.embed(config, dense, tokens)
+    for i, block in enumerate(model.blocks):
+        out = lambda block, x, i=i: llama.block(config.at(i), block, x, jnp.arange(9))[0]
+        target, y = out(dense["blocks"][i], target), out(students.join(block, free["blocks"][i]), x)
+        expected = float(jnp.sum((y - target) ** 2) / jnp.sum(target**2))
+        assert state.fits[i, 0] == pytest.approx(expected, rel=1e-9) and expected > 1e-3
+        x = out(students.join(block, state.free["blocks"][i]), x)
+
+
 def test_every_window_is_seen_once_an_epoch_in_an_order_of_its_own():
     train = TrainConfig(batch=4, seed=7)
     first, second = (np.concatenate(training.batches(train, 18, epoch)) for epoch in (0, 1))

@@ -102,6 +102,8 @@ def _kinds(row, raw, layers, windowed):
             raise ValueError(f"config.json: layer_types has {', '.join(sorted(others))}, which is not supported beside "
                              "the other settings")
         return ()
+    if layers > 2**16:
+        raise ValueError(f"config.json: num_hidden_layers = {layers}, more than any model has; download it again")
     by = lambda every: [_LOCAL if (i + 1) % every else _ALL for i in range(layers)]
     kinds = told or by(size(raw, "sliding_window_pattern", row.pattern))
     if others := set(kinds) - {_LOCAL, _ALL}:
