@@ -117,7 +117,7 @@ def _kinds(row, raw, layers, windowed):
     return tuple(kind == _LOCAL for kind in kinds)
 
 
-def _numbers(row, raw):
+def _numbers(row: Family, raw: dict[str, Any]) -> dict[str, Any]:
     """The fields that a family has beyond Llama's."""
     read = lambda key: key.read(size(raw, key.name) if key.whole else number(raw, key.name))
     return {name: None if key.null and raw.get(key.name) is None else read(key) for name, key in row.numbers.items()}

@@ -164,8 +164,8 @@ def block_weights(config: LlamaConfig) -> int:
 def vector_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
     """(length,) of each of a block's gains and, where there are any, biases."""
     of = shapes(config)
-    widths = {f"{name}_norm": {"head": config.head_dim, "projection": of[name][0]}.get(config.row.qk_norm)
-              for name in "qk"}
+    whole = config.row.qk_norm == "projection"
+    widths = {f"{name}_norm": of[name][0] if whole else config.head_dim for name in "qk"}
     biases = {f"{name}_bias": of[name][:1] for name in "qkv"} if config.qkv_bias else {}
     return {name: (widths.get(name, config.dim),) for name in config.row.norms} | biases
 
