@@ -155,11 +155,11 @@ def block_influence(config: LlamaConfig, params: Params,
 
     One forward pass of w windows of s tokens; in one process.
     """
-    streams, found = calibration.embed(params, tokens), []
+    streams, found = calibration.embed(config, params, tokens), []
     join = lambda: np.concatenate([shard.reshape(-1, config.dim) for device in streams for shard in device], 0)
     before = join().astype(np.float64)
-    for block in params["blocks"]:
-        calibration.run_block(config, block, streams)
+    for index, block in enumerate(params["blocks"]):
+        calibration.run_block(config.at(index), block, streams)
         after = join().astype(np.float64)
         norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
         found.append(1 - np.mean(np.sum(before * after, axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)))

@@ -55,8 +55,11 @@ _gradient = jax.jit(jax.grad(likelihood, argnums=1), static_argnums=0)
 _forward = jax.jit(llama.forward, static_argnums=0)
 
 
-@pytest.fixture(scope="module", params=[SMALL, dataclasses.replace(SMALL, tied=True, qkv_bias=True)],
-                ids=["plain", "tied, biases"])
+@pytest.fixture(scope="module", params=[
+    SMALL, dataclasses.replace(SMALL, tied=True, qkv_bias=True),
+    dataclasses.replace(SMALL, family="gemma2", sliding_window=2, local=(True, False), attention_cap=2.0,
+                        logit_cap=3.0),
+    dataclasses.replace(SMALL, family="olmo2")], ids=["plain", "tied, biases", "gemma2", "olmo2"])
 def fishers(request):
     """Config, params, windows, the key, and the Fisher information by block."""
     config, params, key = request.param, make(request.param), jax.random.key(5)
@@ -154,7 +157,7 @@ def test_what_outputs_matter_is_the_sum_over_inputs_however_the_windows_are_divi
 def test_no_more_streams_are_kept_than_of_a_chunk(fishers, monkeypatch):
     config, params, tokens, key, _ = fishers
     seen, streams = [], calibration._streams
-    monkeypatch.setattr(calibration, "_streams", lambda params, some: seen.append(some.size) or streams(params, some))
+    monkeypatch.setattr(calibration, "_streams", lambda *given: seen.append(given[-1].size) or streams(*given))
     monkeypatch.setattr(calibration, "CHUNK", 10)
     calibration.output_fisher(config, params, np.tile(tokens, (5, 1)), key, range(15))
     assert seen == [10] * 7 + [5]

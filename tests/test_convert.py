@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
@@ -26,6 +27,7 @@ CONFIGS = {
     "mistral": dataclasses.replace(PLAIN, sliding_window=16),
     "qwen2": dataclasses.replace(PLAIN, qkv_bias=True),
 }
+HF = CONFIGS | tiny.FAMILIES
 read = lambda model: (model[0], weights.whole(model[1]))
 forward = jax.jit(llama.forward, static_argnums=0)
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, 24)))
@@ -56,10 +58,13 @@ def test_saving_and_loading_is_exact_whatever_the_shards(tmp_path, dtype, shard_
     assert_equal_trees(loaded, params)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_every_configuration_survives_its_file(tmp_path, config):
-    convert.save_hf(tmp_path, config, make(config))
-    assert convert.from_hf(tmp_path)[0] == config
+@pytest.mark.parametrize("config", HF.values(), ids=HF.keys())
+def test_every_configuration_and_all_its_arrays_survive_their_files(tmp_path, config):
+    params = make(config)
+    convert.save_hf(tmp_path, config, params)
+    found, loaded = read(convert.from_hf(tmp_path))
+    assert found == config
+    assert_equal_trees(loaded, params)
 
 
 def test_a_configuration_that_no_architecture_describes_is_not_written(tmp_path):
@@ -74,22 +79,39 @@ def test_a_model_is_not_written_over_another(tmp_path):
         convert.save_hf(tmp_path, PLAIN, make(PLAIN))
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+SAVED = {
+    "Llama": {"rope_theta": 5e4, "tie_word_embeddings": True}, "Mistral": {"sliding_window": 5}, "Qwen2": {},
+    "Qwen3": {"head_dim": 10},
+    "Gemma2": {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0,
+               "final_logit_softcapping": 5.0},
+    "Gemma3Text": {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 20, "sliding_window_pattern": 3,
+                   "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default",
+                                                                                      "rope_theta": 50.0}}},
+    "Phi3": {"sliding_window": 6}, "Olmo2": {},
+    "Granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
+                "logits_scaling": 1.7},
+}  # fmt: skip
+
+
 @pytest.mark.extra
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize("kind", SAVED)
 def test_what_transformers_saves_gives_the_same_logits(tmp_path, kind):
     torch = pytest.importorskip("torch", reason="torch is the other side of this test")
     transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")
-    options = {"Llama": {"rope_theta": 5e4, "tie_word_embeddings": True}, "Mistral": {"sliding_window": 5}, "Qwen2": {}}
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=64, **options[kind])  # fmt: skip
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        vocab_size=50, hidden_size=36, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=52, max_position_embeddings=64, pad_token_id=None, **SAVED[kind])
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
+    model.set_attn_implementation("eager")  # others leave out soft caps
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = model(torch.tensor(np.array(TOKENS))).logits.numpy()
+    assert expected.std() > 0.1
     config, params = read(convert.from_hf(tmp_path))
     np.testing.assert_allclose(forward(config, params, TOKENS), expected, atol=1e-4)
 

@@ -106,10 +106,11 @@ def wide(tree):
     return jax.tree.map(lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
-@pytest.fixture(scope="module")
-def small():
+@pytest.fixture(scope="module", params=[{}, {"family": "gemma2", "sliding_window": 3, "local": (True, False)}],
+                ids=["llama", "gemma2"])
+def small(request):
     """A float64 model of two blocks with layers of every kind of grid, and its tokens."""
-    config = dataclasses.replace(tiny.CONFIG, vocab=31, layers=2)
+    config = dataclasses.replace(tiny.CONFIG, vocab=31, layers=2, **request.param)
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), llama.init(jax.random.key(3), config, jnp.float64))
     dense = {**params, "blocks": [dict(block) for block in params["blocks"]]}
     for block, caldera in zip(params["blocks"], (E8P, dataclasses.replace(CHEAP, rotation="orthogonal")), strict=True):
@@ -122,8 +123,8 @@ def small():
 def goals(small):
     config, params, dense, tokens = small
     x = llama.embed(config, dense, tokens)
-    for block in dense["blocks"]:
-        x, _ = llama.block(config, block, x, jnp.arange(9))
+    for i, block in enumerate(dense["blocks"]):
+        x, _ = llama.block(config.at(i), block, x, jnp.arange(9))
     labels, lengths = np.array([0, 1, 2, 1]), np.array([9, 4, 1, 6])
     return {"distill": Batch(tokens, np.asarray(x)), "text": Batch(tokens),
             "labels": Batch(tokens, None, labels, lengths)}
@@ -176,7 +177,7 @@ def test_the_losses_are_those_of_the_definitions(small):
     model, free = students.student(config, params | {"classifier": classifier}, TrainConfig(goal="labels", batch=4), 3)
     np.testing.assert_array_equal(free["classifier"], classifier.astype(np.float32))  # it goes on from there
     x = np.asarray(model.streams(wide(free), model.place(batch))[-1])[np.arange(4), batch.lengths - 1]
-    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * params["norm"]
+    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * (params["norm"] + config.row.gain)
     q = softmax(x @ classifier.astype(np.float32).astype(np.float64).T)
     own = -np.log(q[np.arange(4), batch.labels]).mean()
     assert float(model.loss(wide(free), model.place(batch))) == pytest.approx(own, rel=1e-6)
@@ -258,6 +259,20 @@ def test_a_step_is_adamw_with_a_rate_for_signs_and_one_for_factors_and_no_decay_
     np.testing.assert_allclose(of["left_side"], 1 - 1e-2, rtol=1e-6)  # Adam's first step is of size 1
     np.testing.assert_allclose(of["trained"][0], 2 - 1e-3 * (1 + 0.5 * 2), rtol=1e-6)
     np.testing.assert_allclose(of["trained"][1], -2 - 1e-3 * (1 - 0.5 * 2), rtol=1e-6)
+
+
+def test_reconstruction_starts_from_the_distance_of_each_block_from_the_dense_one(small):
+    config, params, dense, tokens = small
+    model, free = students.student(config, params, TrainConfig(goal="text", ranks=2, reconstruct=1, epochs=0, batch=4))
+    free = wide(free)
+    state = training.fit(model, free, Batch(tokens), Batch(tokens[:1]), dense=dense["blocks"])
+    x = target = llama.embed(config, dense, tokens)
+    for i, block in enumerate(model.blocks):
+        out = lambda block, x, i=i: llama.block(config.at(i), block, x, jnp.arange(9))[0]
+        target, y = out(dense["blocks"][i], target), out(students.join(block, free["blocks"][i]), x)
+        expected = float(jnp.sum((y - target) ** 2) / jnp.sum(target**2))
+        assert state.fits[i, 0] == pytest.approx(expected, rel=1e-9) and expected > 1e-3
+        x = out(students.join(block, state.free["blocks"][i]), x)
 
 
 def test_every_window_is_seen_once_an_epoch_in_an_order_of_its_own():

@@ -57,7 +57,7 @@ def test_greedy_tokens_are_the_likeliest_after_the_whole_sequence(config):
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("name", ["gqa", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["gqa", "mistral", "qwen2", *tiny.FAMILIES])
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is the other side of this test")
     transformers = pytest.importorskip("transformers", reason="transformers is the other side of this test")

@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "caldera_jax"
 ORDER = """
 lattice trellis entropy packing hadamard kernels codebooks hessian objective incoherence ldlq regression lplr decompose
 levels linear allocate
-models.files models.llama models.tokenizer models.weights models.data models.convert
+models.files models.families models.llama models.configuration models.tokenizer models.weights models.data
+models.convert
 jobs.report jobs.spread jobs.artifact jobs.settings jobs.export jobs.run jobs.calibration jobs.evaluate jobs.generate
 jobs.harness jobs.student jobs.training jobs.finetune jobs.work jobs.level jobs.plan jobs.compress jobs.explain
 jobs.facts jobs.markup jobs.page jobs.presets jobs.options jobs.cli

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 
 from caldera_jax import linear
 from caldera_jax.decompose import CalderaConfig
@@ -23,6 +24,7 @@ CONFIGS = {
     "linear rope": dataclasses.replace(GQA, rope_scaling=LinearRopeScaling(4.0)),
     "mistral": dataclasses.replace(GQA, sliding_window=7),
     "qwen2": dataclasses.replace(GQA, head_dim=8, qkv_bias=True, tied=True),
+    **tiny.FAMILIES,
 }
 forward = jax.jit(llama.forward, static_argnums=0)
 block = jax.jit(llama.block, static_argnums=0)
@@ -34,8 +36,9 @@ def make(config, seed=0, dtype=np.float32):
     """Random parameters of the shapes of ``init``, with gains and biases that matter too."""
     rng = np.random.default_rng(seed)
     fill = lambda p: (
-        rng.standard_normal(p.shape) / np.sqrt(p.shape[1]) if p.ndim == 2 else rng.uniform(0.5, 1.5, p.shape)
+        rng.standard_normal(p.shape) / np.sqrt(p.shape[1]) if p.ndim == 2 else rng.uniform(0.5, 1.5, p.shape) - offset
     )
+    offset = 1 if "gemma" in config.family else 0  # gains are stored less 1
     shapes = jax.eval_shape(partial(llama.init, config=config), jax.random.key(0))
     return jax.tree.map(lambda p: jnp.asarray(fill(p), dtype), shapes)
 
@@ -54,31 +57,44 @@ def changed(config, tokens, place):
 def oracle(config, params, tokens):
     """Logits of one sequence in float64, one position and head at a time; rotary pairs as complex numbers."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
-    norm = lambda x, gain: x / np.sqrt((x * x).mean() + config.norm_eps) * gain
-    x, half = params["embed"][np.asarray(tokens)], config.head_dim // 2
-    frequency = llama.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    gemma, half = "gemma" in config.family, config.head_dim // 2
+    norm = lambda x, gain: x / np.sqrt((x * x).mean() + config.norm_eps) * (1 + gain if gemma else gain)
+    normed = lambda x, gain: x if gain is None else np.apply_along_axis(norm, -1, x, gain)
+    cap = lambda x, most: x if most is None else most * np.tanh(x / most)
+    x = params["embed"][np.asarray(tokens)] * (np.sqrt(config.dim) if gemma else config.embed_scale)
+    scale = 1 / np.sqrt(config.head_dim) if config.attention_scale is None else config.attention_scale
 
-    def turn(row, position):
+    def turn(row, position, frequency):
         z = (row[:half] + 1j * row[half:]) * np.exp(1j * position * frequency)
         return np.concatenate([z.real, z.imag])
 
-    for p in params["blocks"]:
-        h = np.stack([norm(row, p["attn_norm"]) for row in x])
+    for p, local in zip(params["blocks"], config.local or [True] * config.layers, strict=True):
+        rope = (config.local_theta, None) if local and config.local_theta else (config.rope_theta, config.rope_scaling)
+        of = partial(turn, frequency=llama.rope_frequencies(config.head_dim, *rope))
+        window = config.sliding_window if local else None
+        h = normed(x, p.get("attn_norm"))
         q, k, v = (h @ p[n].T + p.get(f"{n}_bias", 0.0) for n in "qkv")
+        if config.family == "olmo2":
+            q, k = normed(q, p["q_norm"]), normed(k, p["k_norm"])
         q, k, v = (y.reshape(len(x), -1, config.head_dim) for y in (q, k, v))
+        if config.family in ("qwen3", "gemma3"):
+            q, k = normed(q, p["q_norm"]), normed(k, p["k_norm"])
         mixed = np.zeros(q.shape)
         for i in range(len(x)):
-            first = 0 if config.sliding_window is None else max(0, i - config.sliding_window + 1)
+            first = 0 if window is None else max(0, i - window + 1)
             for head in range(config.heads):
                 group = head // (config.heads // config.kv_heads)
-                scores = [turn(q[i, head], i) @ turn(k[j, group], j) for j in range(first, i + 1)]
-                weights = np.exp(np.array(scores) / np.sqrt(config.head_dim))
+                scores = [of(q[i, head], i) @ of(k[j, group], j) for j in range(first, i + 1)]
+                weights = np.exp(cap(np.array(scores) * scale, config.attention_cap))
                 mixed[i, head] = weights @ v[first : i + 1, group] / weights.sum()
-        x = x + mixed.reshape(len(x), -1) @ p["o"].T
-        z = np.stack([norm(row, p["ffn_norm"]) for row in x])
+        x = x + normed(mixed.reshape(len(x), -1) @ p["o"].T, p.get("attn_post_norm")) * config.residual_scale
+        z = normed(x, p.get("ffn_norm"))
         gate = z @ p["gate"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (z @ p["up"].T)) @ p["down"].T
-    return np.stack([norm(row, params["norm"]) for row in x]) @ params.get("head", params["embed"]).T
+        gate = gate * ((1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 if gemma else
+                       1 / (1 + np.exp(-gate)))
+        x = x + normed((gate * (z @ p["up"].T)) @ p["down"].T, p.get("ffn_post_norm")) * config.residual_scale
+    logits = normed(x, params["norm"]) @ params.get("head", params["embed"]).T
+    return cap(logits / config.logit_divisor, config.logit_cap)
 
 
 @every_config
@@ -107,8 +123,8 @@ def test_logits_agree_with_transformers(config, tmp_path):
 def test_forward_is_embed_then_blocks_then_head_also_compiled(config):
     params, tokens = make(config), sample(config)
     x = llama.embed(config, params, tokens)
-    for p in params["blocks"]:
-        x, _ = block(config, p, x, jnp.arange(tokens.shape[1]))
+    for i, p in enumerate(params["blocks"]):
+        x, _ = block(config.at(i), p, x, jnp.arange(tokens.shape[1]))
     logits = llama.forward(config, params, tokens)
     np.testing.assert_allclose(llama.head(config, params, x), logits, atol=1e-5)
     np.testing.assert_allclose(forward(config, params, tokens), logits, atol=1e-5)
@@ -139,7 +155,7 @@ def cached(config, params, tokens, first):
     while True:
         x = llama.embed(config, params, padded)
         for i, p in enumerate(params["blocks"]):
-            x, caches[i] = cached_block(config, p, x, caches[i], at)
+            x, caches[i] = cached_block(config.at(i), p, x, caches[i], at)
         logits[rows, at] = np.where((at < first[:, None])[:, :, None], llama.head(config, params, x), np.nan)
         if max(first) == tokens.shape[1]:
             return logits
@@ -173,9 +189,10 @@ def test_attention_in_tiles_of_any_size_has_the_same_outcome_and_gradients(windo
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), outcome(), expected)
 
 
-@pytest.mark.parametrize("window", [None, 4096])
-def test_attention_of_long_sequences_holds_a_bounded_number_of_scores(window):
-    config = dataclasses.replace(GQA, context=8192, sliding_window=window)
+@pytest.mark.parametrize("change", [{}, {"sliding_window": 4096}, {"family": "gemma2", "attention_cap": 50.0}],
+                         ids=["all", "window", "soft cap"])
+def test_attention_of_long_sequences_holds_a_bounded_number_of_scores(change):
+    config = dataclasses.replace(GQA, context=8192, **change)
     attend = lambda q, k, v: llama.attention(config, q, k, v, jnp.arange(8192), jnp.arange(8192))
     pull = jax.grad(lambda *x: jnp.sum(attend(*x)), argnums=(0, 1, 2))
     q, k = (jax.ShapeDtypeStruct((4, 8192, heads, config.head_dim), jnp.float32) for heads in (6, 2))

@@ -174,7 +174,6 @@ A manifest of another format version, or of another program, is refused by ``rea
 files for other programs: ``export``.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -352,7 +351,7 @@ def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run
     files.write_arrays(directory / REST, {name: np.asarray(v) for name, v in weights.rest(model.params).items()})
     files.write(directory / TOKENIZER, model.tokenizer.to_str().encode())
     names = [block_file(i) for i in range(model.config.layers)] + [REST, TOKENIZER]
-    manifest = {"format": FORMAT, "model": model.name, "model_config": dataclasses.asdict(model.config),
+    manifest = {"format": FORMAT, "model": model.name, "model_config": model.config.told(),
                 "special": model.special, "ends": list(model.ends), "run": run, "layers": layers,
                 "files": {name: files.sha256(directory / name) for name in names}}
     files.write_json(directory / MANIFEST, manifest | {"sha256": digest(manifest)})

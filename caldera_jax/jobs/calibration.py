@@ -29,21 +29,24 @@ BATCH = 8192  # tokens, or one window, that go through a block at once, whatever
 Streams = list[list[np.ndarray]]  # [windows of the shard, s, d] of each shard that this process has, by device
 
 
-def embed(params: Params, tokens: Int[np.ndarray, "w s"]) -> Streams:
+def embed(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"]) -> Streams:
     """The residual streams that enter the first block, of this process's shards of the w windows of s tokens."""
-    return [[_streams(params, tokens[shard]) for shard in device] for device in spread.own_shards(len(tokens))]
+    return [[_streams(config, params, tokens[shard]) for shard in device] for device in spread.own_shards(len(tokens))]
 
 
-def _streams(params, tokens):
+def _streams(config, params, tokens):
     table = np.asarray(params["embed"])
-    return table[tokens].astype(np.promote_types(table.dtype, np.float32))
+    return llama.scaled(config, table[tokens], table.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
 @jax.default_matmul_precision("highest")
 def forward(config: LlamaConfig, block: Mapping[str, Any], x: Float[Array | np.ndarray, "b s d"]
             ) -> Float[Array, "b s d"]:
-    """The streams that leave a block: compiled once for each shape and structure, not for all blocks in a row."""
+    """The streams that leave a block: compiled once for each shape and structure, not for all blocks in a row.
+
+    ``config``: of this block (``LlamaConfig.at``), as of all functions of one block here.
+    """
     return llama.block(config, block, x, jnp.arange(x.shape[1]))[0]
 
 
@@ -132,10 +135,11 @@ class Inputs:
         """Of the block's inputs."""
         config, blocks = self._config, self._params["blocks"]
         if self._at == 0:
-            self._streams = embed(self._params, self._tokens)
+            self._streams = embed(config, self._params, self._tokens)
         for before in range(self._at, index):
-            run_block(config, blocks[before], self._streams)
-        found = calibrate_block(config, blocks[index], self._streams, advance=not self._sequential, cap=self._cap)
+            run_block(config.at(before), blocks[before], self._streams)
+        found = calibrate_block(config.at(index), blocks[index], self._streams, advance=not self._sequential,
+                                cap=self._cap)
         self._at = index if self._sequential else index + 1
         return found
 
@@ -199,10 +203,10 @@ def _squares(config, params, tokens, key, windows, blocks):
     """(block index, squared gradients of its linear weights, squares of its inputs), summed over these windows, from
     the last block on."""
     split = lambda streams: np.split(streams, len(windows))
-    entering = [_streams(params, tokens[windows])]
+    entering = [_streams(config, params, tokens[windows])]
     for index in range(config.layers):
         placed = jax.device_put(_dense(params, index))
-        entering.append(np.concatenate([forward(config, placed, x) for x in split(entering[-1])]))
+        entering.append(np.concatenate([forward(config.at(index), placed, x) for x in split(entering[-1])]))
     last = jax.device_put(weights.rest(params))
     pulled = np.concatenate([_pull_head(config, last, x, jax.random.fold_in(key, i))
                              for i, x in zip(windows, split(entering.pop()), strict=True)])
@@ -211,7 +215,7 @@ def _squares(config, params, tokens, key, windows, blocks):
         squares = {name: jnp.zeros(shape, pulled.dtype) for name, shape in llama.shapes(config).items()}
         inputs = {name: jnp.zeros((), pulled.dtype) for name in llama.INPUT_OF.values()}
         for i, x in enumerate(split(entering.pop())):
-            pulled[i:i + 1], squares, inputs = _pull(config, placed, x, pulled[i:i + 1], squares, inputs)
+            pulled[i:i + 1], squares, inputs = _pull(config.at(index), placed, x, pulled[i:i + 1], squares, inputs)
         if blocks is None or index < blocks:
             yield index, squares, inputs
 

@@ -132,9 +132,9 @@ def _grouped(function, count, config, models, windows, batch, title):
 
 def _streams(config, params, windows, batch, bar) -> Streams:
     """The residual streams that leave the last block."""
-    streams = calibration.embed(params, windows)
+    streams = calibration.embed(config, params, windows)
     for index, block in enumerate(params["blocks"]):
-        calibration.run_block(config, block, streams, batch)
+        calibration.run_block(config.at(index), block, streams, batch)
         bar.update()
         if not all(np.isfinite(shard).all() for device in streams for shard in device):
             raise ValueError(f"blocks.{index}: its output holds NaN or infinite values: the weights overflow")

@@ -28,7 +28,8 @@ def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> No
 
     float32, the default, keeps what the model computes: its logits and its perplexity are those of the compressed model
     up to the rounding of the products.  bfloat16 and float16 take half the space and round every weight, by at most
-    2⁻⁸ and 2⁻¹¹ of itself (float16 by 3e-8 where that is more), far less than the compression did.
+    2⁻⁸ and 2⁻¹¹ of itself (float16 by 3e-8 where that is more), far less than the compression did.  Gemma scales
+    its embedding by a root that is rounded to the embedding's type: exported in another, by one up to 2⁻⁸ off.
 
     Needs memory for twice the embedding, one layer, and a gigabyte of weights.  Raises ValueError where OUT exists, the
     format cannot hold the model or its tokenizer, or a weight is too large for the dtype, and OSError where the disk is

@@ -141,9 +141,9 @@ def labelled(model: Model, path: Path, window: int, first: Sequence[int] = ()) -
 
 def last_streams(model: Model, tokens: Int[np.ndarray, "w s"]) -> Float[np.ndarray, "w s d"]:
     """What leaves the last block, a block in memory at a time."""
-    streams = calibration.embed(model.params, tokens)
-    for block in tqdm(model.params["blocks"], "teacher", unit="block", leave=False):
-        calibration.run_block(model.config, block, streams)
+    streams = calibration.embed(model.config, model.params, tokens)
+    for index, block in enumerate(tqdm(model.params["blocks"], "teacher", unit="block", leave=False)):
+        calibration.run_block(model.config.at(index), block, streams)
     return np.concatenate([shard for device in streams for shard in device])  # of one process: in order
 
 

@@ -29,7 +29,8 @@ from caldera_jax.models.llama import LINEARS, LlamaConfig, Params
 
 # What the special token at the end of a text or of a turn is called in the families that ``llama`` computes: a model
 # may have several, and its files do not always name all of them.
-ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<eos>", "<end_of_turn>",
+        "<|end|>")
 ROUND = 32  # prompts and caches are as long as a multiple of this: few shapes, so few compilations
 
 
@@ -140,7 +141,7 @@ def _steps(config, params, prompts, sampling, ends):
     for i in range(min(sampling.tokens, int(room.max()))):
         x = _embed(config, last, tokens)
         for j, block in enumerate(params["blocks"]):
-            x, caches[j] = _block(config, block, x, caches[j], positions)
+            x, caches[j] = _block(config.at(j), block, x, caches[j], positions)
         at = np.zeros_like(lengths) if i else lengths - 1
         chosen = np.asarray(_next(config, last, x, at, key, np.int32(i), sampling.temperature, sampling.top_p))
         if np.any((chosen < 0) & ~ended):

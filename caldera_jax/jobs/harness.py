@@ -262,8 +262,8 @@ def _power_of_two(least):
 def _hidden(config, params, tokens):
     """The residual streams that leave the last block."""
     x = _embed(config, weights.rest(params), tokens)
-    for block in params["blocks"]:
-        x = calibration.forward(config, block, x)
+    for index, block in enumerate(params["blocks"]):
+        x = calibration.forward(config.at(index), block, x)
     return x
 
 

@@ -202,7 +202,7 @@ def _head_loss(config, train, lanes, last, classifier, x, batch):
 
     def of_window(x, batch):
         if train.goal == "labels":
-            stream = llama.rms_norm(x[None], last["norm"], config.norm_eps)[0, batch.lengths - 1]
+            stream = llama.rms_norm(config, last["norm"], x)[batch.lengths - 1]
             return -jax.nn.log_softmax(classifier.astype(x.dtype) @ stream)[batch.labels]
         if train.goal == "distill":
             distances = lambda x, teacher: _soft_losses(head(teacher), head(x), train.temperature)
@@ -244,8 +244,8 @@ class Student(NamedTuple):
     def streams(self, free: Free, batch: Batch) -> list[Array]:
         """What enters each block, and what leaves the last."""
         found = [llama.embed(self.config, self.last, batch.tokens)]
-        for block, own in zip(self.blocks, free["blocks"], strict=True):
-            found.append(calibration.forward(self.config, join(block, own), found[-1]))
+        for i, (block, own) in enumerate(zip(self.blocks, free["blocks"], strict=True)):
+            found.append(calibration.forward(self.config.at(i), join(block, own), found[-1]))
         return found
 
     def loss(self, free: Free, batch: Batch) -> Array:
@@ -260,8 +260,8 @@ class Student(NamedTuple):
         loss, (of_classifier, pulled) = _pull_head(self.config, self.train, self.mesh.size, self.last, classifier, x,
                                                    batch)
         gradients = []
-        for block, own in reversed(list(zip(self.blocks, free["blocks"], strict=True))):
-            of_block, pulled = _pull(self.config, block, own, entering.pop(), pulled)
+        for i, block, own in reversed(list(zip(range(len(entering)), self.blocks, free["blocks"], strict=True))):
+            of_block, pulled = _pull(self.config.at(i), block, own, entering.pop(), pulled)
             gradients.append(of_block)
         found = {"blocks": gradients[::-1]}
         return loss, found | {"classifier": of_classifier} if "classifier" in free else found

@@ -184,7 +184,7 @@ def accuracy(model: Student, free: Free, batch: Batch) -> float:
     as_stored, right = stored(free, model.train.factor_dtype), 0
     for i, (label, length) in enumerate(zip(batch.labels, batch.lengths, strict=True)):
         x = model.streams(as_stored, batch[np.array([i])])[-1][:, length - 1:length]
-        logits = free["classifier"] @ llama.rms_norm(x, model.last["norm"], model.config.norm_eps)[0, 0]
+        logits = free["classifier"] @ llama.rms_norm(model.config, model.last["norm"], x)[0, 0]
         right += int(jnp.argmax(logits)) == label
     return right / len(batch.tokens)
 
@@ -199,14 +199,15 @@ def _reconstruct(model: Student, state: State, data: Batch, dense, keeper: Keepe
     counted = np.arange(data.tokens.shape[1]) < lengths[:, None]  # not what fills up a labelled line
     done = int(np.isfinite(state.fits[:, 1]).sum())
     for index, block in enumerate(tqdm(model.blocks, "reconstruct", unit="block")):
-        own = state.free["blocks"][index]
-        target = each(partial(calibration.forward, model.config, jax.device_put(dict(dense[index]))), target)
+        own, config = state.free["blocks"][index], model.config.at(index)
+        target = each(partial(calibration.forward, config, jax.device_put(dict(dense[index]))), target)
         if index >= done:
-            own, state.fits[index] = _fit_block(model, block, own, Entering(entering, target, counted))
+            one = model._replace(config=config)
+            own, state.fits[index] = _fit_block(one, block, own, Entering(entering, target, counted))
             free = state.free["blocks"][:index] + [own] + state.free["blocks"][index + 1:]
             state = state._replace(free={**state.free, "blocks": free})
             keeper.save(index + 1, state)
-        entering = each(partial(calibration.forward, model.config, join(block, own)), entering)
+        entering = each(partial(calibration.forward, config, join(block, own)), entering)
     return state
 
 

@@ -1,6 +1,7 @@
 """Files of dense models <-> (LlamaConfig, params): Hugging Face directories, GGUF files, hub ids and the built-ins.
 
-Arrays are NumPy arrays in the type of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32).
+Directories hold any family of ``families``, GGUF files Llama, Mistral and Qwen2.  Arrays are NumPy arrays in the type
+of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32).
 Embedding, last norm and head are read at once; a block is a ``weights.Block``, which reads a weight each time it is
 asked for it, so that a model need not fit in memory. Nothing is guessed: a tensor that is missing, left over or of the
 wrong shape, and any option of the model that ``llama`` does not compute, is a ValueError.
@@ -23,18 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from caldera_jax.models import data, files, llama, tokenizer
+from caldera_jax.models import data, families, files, llama, tokenizer
+from caldera_jax.models.configuration import config_from_hf, config_to_hf, number, size
 from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, Params
-from caldera_jax.models.weights import Model, Tensor, assemble
-
-# What the architectures' own configuration classes assume where config.json is silent.
-_DEFAULTS = {
-    "LlamaForCausalLM": {"max_position_embeddings": 2048},
-    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
-}
-_COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
-_REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config")
+from caldera_jax.models.weights import Model, Tensor, assemble, by_tensor
 
 # What GGUF files of other architectures compute, too, and the values that change nothing.
 _IDLE = {"expert_count": (0,), "use_parallel_residual": (False,), "attention.causal": (True,)}
@@ -42,13 +35,6 @@ _IDLE |= {name: (0, 1) for name in ("logit_scale", "embedding_scale", "residual_
 _IDLE |= {name: (0,) for name in ("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias",
                                   "attn_logit_softcapping", "final_logit_softcapping")}
 _PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")  # the first of several
-
-_HF = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-_HF |= {name: f"model.layers.{{}}.self_attn.{name}_proj.weight" for name in "qkvo"}
-_HF |= {f"{name}_bias": f"model.layers.{{}}.self_attn.{name}_proj.bias" for name in "qkv"}
-_HF |= {name: f"model.layers.{{}}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-_HF |= {"attn_norm": "model.layers.{}.input_layernorm.weight"}
-_HF |= {"ffn_norm": "model.layers.{}.post_attention_layernorm.weight"}
 
 _GGUF = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
 _GGUF |= {"o": "blk.{}.attn_output.weight"}
@@ -88,7 +74,7 @@ def load(name_or_path: str | Path) -> Model:
         raise ValueError(f"{name}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the model only "
                          f"{model.config.vocab} embeddings, none for token {beyond[token]}, {token!r}: put the model's "
                          "own tokenizer there")
-    if windowed(model.config):
+    if model.config.family == "llama" and windowed(model.config):
         note(f"{name}: each token sees the last {model.config.sliding_window} only (sliding_window), which other "
              "programs ignore in a GGUF file of this architecture")
     return model
@@ -132,81 +118,14 @@ def from_hf(directory: str | Path) -> tuple[LlamaConfig, Params]:
     config = config_from_hf(_read_json(directory / "config.json"))
     tensors = _open_safetensors(directory)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tied and {_HF["head"], _HF["embed"]} <= tensors.keys():
-        if not np.array_equal(tensors.pop(_HF["head"]).read(), tensors[_HF["embed"]].read()):
+    names = families.tensors(config.row)
+    if config.tied and {names["head"], names["embed"]} <= tensors.keys():
+        if not np.array_equal(tensors.pop(names["head"]).read(), tensors[names["embed"]].read()):
             raise ValueError(
                 f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; "
                 "correct whichever of the two is wrong"
             )
-    return config, assemble(config, _HF, tensors, str(directory))
-
-
-def config_from_hf(raw: dict[str, Any]) -> LlamaConfig:
-    """The content of a config.json as a LlamaConfig. ValueError for what ``llama`` does not compute."""
-    architecture = files.checked(raw.get("architectures") or ["none named"], list[str], "config.json: architectures")[0]
-    if architecture not in _DEFAULTS:
-        raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(_DEFAULTS)}")
-    raw = _COMMON_DEFAULTS | _DEFAULTS[architecture] | raw
-    for key in _REFUSED:
-        if raw.get(key):
-            raise ValueError(f"config.json: {key} = {raw[key]!r} is not supported; a dense model without it is needed")
-    if raw["hidden_act"] != "silu":
-        raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    dim, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    theta, scaling = _rope_from_hf(raw)
-    windowed = architecture == "MistralForCausalLM" and raw["sliding_window"] is not None
-    kinds = files.checked(raw.get("layer_types") or [], list[str], "config.json: layer_types")
-    if others := set(kinds) - {"sliding_attention" if windowed else "full_attention"}:
-        raise ValueError(f"config.json: layer_types has {', '.join(sorted(others))}, which is not supported beside the "
-                         "other settings")
-    return LlamaConfig(
-        vocab=_size(raw, "vocab_size"),
-        dim=dim,
-        layers=_size(raw, "num_hidden_layers"),
-        heads=heads,
-        kv_heads=_size(raw, "num_key_value_heads", heads),
-        head_dim=_size(raw, "head_dim", dim // heads),
-        ffn_dim=_size(raw, "intermediate_size"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=_number(raw, "rms_norm_eps"),
-        tied=files.checked(raw["tie_word_embeddings"], bool, "config.json: tie_word_embeddings"),
-        context=_size(raw, "max_position_embeddings"),
-        sliding_window=_size(raw, "sliding_window") if windowed else None,
-        qkv_bias=architecture == "Qwen2ForCausalLM",
-    )
-
-
-def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
-    """The inverse of ``config_from_hf``; ValueError for a mixture that no supported architecture describes."""
-    architecture = "Qwen2" if config.qkv_bias else "Mistral" if config.sliding_window else "Llama"
-    scaling = None
-    if isinstance(s := config.rope_scaling, LinearRopeScaling):
-        scaling = {"rope_type": "linear", "factor": s.factor}
-    elif s is not None:
-        scaling = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor}
-        scaling |= {"high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_context}
-    raw = {
-        "architectures": [f"{architecture}ForCausalLM"],
-        "model_type": architecture.lower(),
-        "vocab_size": config.vocab,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "max_position_embeddings": config.context,
-        "sliding_window": config.sliding_window,
-    }
-    if config_from_hf(raw) != config:
-        raise ValueError(f"no Hugging Face architecture among {', '.join(_DEFAULTS)} describes {config}")
-    return raw
+    return config, assemble(config, names, tensors, str(directory))
 
 
 def save_hf(directory: str | Path, config: LlamaConfig, params: Params, shard_bytes: int = 2**30,
@@ -222,7 +141,8 @@ def save_hf(directory: str | Path, config: LlamaConfig, params: Params, shard_by
     if found := sorted(directory.glob("*.safetensors*")):
         raise ValueError(f"{directory} already holds {found[0].name}; choose another directory or empty this one")
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = ((name, np.ascontiguousarray(read())) for name, _, read in _tensors(config, _HF, params))
+    tensors = ((name, np.ascontiguousarray(read()))
+               for name, _, read in _tensors(config, families.tensors(config.row), params))
     shards, total = [], 0  # of each file, its tensors
     for shard in _shards(tensors, shard_bytes):
         _save(directory / f"{len(shards)}.unfinished", shard)
@@ -241,12 +161,19 @@ def save_hf(directory: str | Path, config: LlamaConfig, params: Params, shard_by
 def _tensors(config: LlamaConfig, names: dict[str, str], params: Params
              ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Any]]]:
     """Name in the file, shape, and how to get it, of every tensor of the params in turn: ``assemble``'s inverse."""
-    table, parts = (config.vocab, config.dim), llama.shapes(config) | llama.vector_shapes(config)
+    table, tensors = (config.vocab, config.dim), by_tensor(config, names)
     for part, shape in {"embed": table, "norm": (config.dim,), "head": table}.items():
         if part != "head" or not config.tied:
             yield names[part], shape, partial(params.__getitem__, part)
     for i, block in enumerate(tqdm(params["blocks"], "writing", unit="block", leave=False, disable=None)):
-        yield from ((names[part].format(i), shape, partial(block.__getitem__, part)) for part, shape in parts.items())
+        yield from ((name.format(i), shape, partial(_stacked, block, parts))
+                    for name, (shape, parts) in tensors.items())
+
+
+def _stacked(block, parts):
+    """These parts, one below the other."""
+    found = [block[part] for part in parts]
+    return found[0] if len(found) == 1 else np.concatenate([np.asarray(rows) for rows in found])
 
 
 def _shards(tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> Iterator[dict[str, np.ndarray]]:
@@ -268,48 +195,6 @@ def _save(path, shard):
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error})") from error
-
-
-def _rope_from_hf(raw):
-    """(theta, scaling) from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    old, new = (files.checked(raw.get(key) or {}, dict, f"config.json: {key}")
-                for key in ("rope_scaling", "rope_parameters"))
-    rope = old | new
-    if differ := [key for key in old if rope[key] != old[key]]:
-        raise ValueError(f"config.json: rope_scaling and rope_parameters differ in {', '.join(differ)}: remove one")
-    if parts := [key for key, value in rope.items() if isinstance(value, dict)]:
-        raise ValueError(f"config.json: a rope scaling of its own for {', '.join(parts)} is not supported")
-    theta = _number(raw | rope, "rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if (partial := (raw | rope).get("partial_rotary_factor", 1)) != 1:
-        raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
-    if kind == "default":
-        if rope.get("factor") not in (None, 1):
-            raise ValueError(f"config.json: a rope scaling by {rope['factor']} without a rope_type that uses it: name "
-                             "the type, or remove the factor")
-        return theta, None
-    if kind == "linear":
-        return theta, LinearRopeScaling(_number(rope, "factor"))
-    if kind != "llama3":
-        raise ValueError(f"config.json: rope scaling {kind!r} is not supported; supported: 'default', 'linear', "
-                         "'llama3'")
-    original = _size(rope, "original_max_position_embeddings", _size(raw, "max_position_embeddings"))
-    factor, low, high = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    return theta, Llama3RopeScaling(factor, low, high, original)
-
-
-def _number(raw, key):
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
-        raise ValueError(f"the model's configuration needs {key} as a number, got {value!r}")
-    return float(value)
-
-
-def _size(raw, key, default=None):
-    value = default if raw.get(key) is None else raw[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
-        raise ValueError(f"the model's configuration needs {key} as a positive integer, got {value!r}")
-    return value
 
 
 def _read_json(path):
@@ -354,9 +239,9 @@ def _open_safetensors(directory):
     return tensors
 
 
-def _read_safetensors(file, name):
+def _read_safetensors(file, name, rows=None):
     with safe_open(file, "np") as opened:  # opened anew, so that no page of the file stays mapped
-        return opened.get_tensor(name)
+        return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
 
 
 # ---- GGUF
@@ -468,10 +353,14 @@ def save_gguf(path: str | Path, model: Model) -> None:
     ``load`` and other programs read.
 
     Matrices in the type of the embedding, float16 or float32, and vectors in float32; each is read from the params when
-    it is its turn. Raises ValueError for what such a file cannot hold: Llama 3's rope scaling beside biases, or with
-    other numbers than its releases', some tokenizers (``tokenizer.to_gguf``); and OSError where the disk is full.
+    it is its turn. Raises ValueError for what such a file cannot hold: other families, Llama 3's rope scaling beside
+    biases, or with other numbers than its releases', some tokenizers (``tokenizer.to_gguf``); and OSError where the
+    disk is full.
     """
     config, params = model.config, model.params
+    if config.family != "llama":
+        raise ValueError(f"GGUF files of family {config.family!r} are not written, only of Llama, Mistral and Qwen2: "
+                         "export the model with --to hf")
     architecture = "qwen2" if config.qkv_bias else "llama"
     if config.qkv_bias and not isinstance(config.rope_scaling, LinearRopeScaling | None):
         raise ValueError("GGUF's architecture 'qwen2' has no words for Llama 3's rope scaling: export the model with "
@@ -548,26 +437,26 @@ def _config_from_gguf(reader, vocab, tied, factors):
     for key in _IDLE.keys() & raw.keys():
         if raw[key] not in _IDLE[key]:
             raise ValueError(f"GGUF {key} = {raw[key]!r} is not supported for architecture {architecture!r}")
-    dim, heads = _size(raw, "embedding_length"), _size(raw, "attention.head_count")
-    head_dim = _size(raw, "attention.key_length", dim // heads)
+    dim, heads = size(raw, "embedding_length"), size(raw, "attention.head_count")
+    head_dim = size(raw, "attention.key_length", dim // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
         if raw.get(key, head_dim) != head_dim:
             raise ValueError(f"GGUF {key} {raw[key]} differs from the head width {head_dim}, which is not supported")
-    theta = _number({"rope.freq_base": 10_000.0} | raw, "rope.freq_base")
+    theta = number({"rope.freq_base": 10_000.0} | raw, "rope.freq_base")
     return LlamaConfig(
         vocab=vocab,
         dim=dim,
-        layers=_size(raw, "block_count"),
+        layers=size(raw, "block_count"),
         heads=heads,
-        kv_heads=_size(raw, "attention.head_count_kv", heads),
+        kv_heads=size(raw, "attention.head_count_kv", heads),
         head_dim=head_dim,
-        ffn_dim=_size(raw, "feed_forward_length"),
+        ffn_dim=size(raw, "feed_forward_length"),
         rope_theta=theta,
         rope_scaling=_rope_from_gguf(raw, factors, theta, head_dim),
-        norm_eps=_number(raw, "attention.layer_norm_rms_epsilon"),
+        norm_eps=number(raw, "attention.layer_norm_rms_epsilon"),
         tied=tied,
-        context=_size(raw, "context_length"),
-        sliding_window=_size(raw, "attention.sliding_window") if raw.get("attention.sliding_window") else None,
+        context=size(raw, "context_length"),
+        sliding_window=size(raw, "attention.sliding_window") if raw.get("attention.sliding_window") else None,
         qkv_bias=architecture == "qwen2",
     )
 
@@ -576,7 +465,7 @@ def _rope_from_gguf(raw, factors, theta, head_dim):
     """The scaling in the metadata, linear where no type is named, or in the tensor of frequencies' divisors."""
     if (kind := raw.get("rope.scaling.type", "linear")) not in ("none", "linear"):
         raise ValueError(f"GGUF rope scaling {kind!r} is not supported; supported: 'none', 'linear'")
-    told = {key: _number(raw, key) for key in ("rope.scaling.factor", "rope.scale_linear") if key in raw}
+    told = {key: number(raw, key) for key in ("rope.scaling.factor", "rope.scale_linear") if key in raw}
     linear = {factor for factor in told.values() if kind == "linear" and factor not in (0, 1)}
     if len(linear) + (factors is not None) > 1:
         tensor = "" if factors is None else " and the tensor rope_freqs.weight"

@@ -1,18 +1,19 @@
-"""The Llama family of decoders (Llama, Mistral, SmolLM2, Qwen2) in plain JAX.
+"""Dense decoders in plain JAX: Llama, and the families that differ from it by a row of ``families.TABLE``.
 
 Letters: b batch, s sequence, c capacity of a cache, d model width, h query heads, g key/value heads, e head width,
 v vocabulary.
 
 ``params`` is ``{"embed": [v, d], "blocks": [block, ...], "norm": [d]}`` and ``"head": [v, d]`` when the output is not
 tied to the embedding; a block holds the seven ``LINEARS`` ([m outputs, n inputs], each an array or a
-``CompressedLinear``), the gains ``attn_norm`` and ``ffn_norm`` and, with ``qkv_bias``, ``q_bias``, ``k_bias`` and
-``v_bias``.
+``CompressedLinear``), the gains that its family has (``attn_norm`` and ``ffn_norm``, Llama's) and, with ``qkv_bias``,
+``q_bias``, ``k_bias`` and ``v_bias``.
+Blocks may differ in what a token sees: ``LlamaConfig.at`` is the configuration of one.
 Activations are float32 (float64 for a float64 embedding), whatever narrower type the weights are stored in.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,10 +23,12 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray, UInt32
 
 from caldera_jax.linear import apply
+from caldera_jax.models import families
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "up", "up": "up", "down": "down"}
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
 NUMBERS = 2**26  # scores or logits that are held at once: of longer sequences those of some positions at a time
 
 Params = dict[str, Any]
@@ -63,7 +66,15 @@ RopeScaling = LinearRopeScaling | Llama3RopeScaling
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a decoder. ``sliding_window`` w lets a token see itself and the w - 1 before it."""
+    """The shape of a decoder. ``sliding_window`` w lets a token see itself and the w - 1 before it.
+
+    family: a row of the table.
+    attention_scale: of the scores (None: 1 / sqrt(head_dim)); attention_cap c: they become c tanh(scores / c), and so
+    do logits by logit_cap, after a division by logit_divisor; embed_scale, residual_scale: of the embedding, and of
+    all that is added to the residual stream.
+    local: of each block, whether the window is its own (none given: of all); these have local_theta, unscaled, for
+    rope_theta, where there is one.
+    """
 
     vocab: int
     dim: int
@@ -79,6 +90,15 @@ class LlamaConfig:
     context: int = 2048
     sliding_window: int | None = None
     qkv_bias: bool = False
+    family: str = field(default="llama", repr=False)  # repr: told only where they differ from the default
+    attention_scale: float | None = field(default=None, repr=False)
+    attention_cap: float | None = field(default=None, repr=False)
+    logit_cap: float | None = field(default=None, repr=False)
+    logit_divisor: float = field(default=1.0, repr=False)
+    embed_scale: float = field(default=1.0, repr=False)
+    residual_scale: float = field(default=1.0, repr=False)
+    local: tuple[bool, ...] = field(default=(), repr=False)
+    local_theta: float | None = field(default=None, repr=False)
 
     def __post_init__(self):
         sizes = ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "context")
@@ -88,10 +108,43 @@ class LlamaConfig:
         if not 0 < self.rope_theta < math.inf or not 0 <= self.norm_eps < math.inf:
             raise ValueError("rope_theta must be positive and norm_eps at least 0, both finite; got "
                              f"{self.rope_theta} and {self.norm_eps}")
+        if self.family not in families.FORWARD:
+            raise ValueError(f"unknown family {self.family!r}: known are {', '.join(families.FORWARD)}")
+        own = {*self.row.numbers, "family", *["local"] * (self.row.window == "local")}
+        for f in (f for f in fields(self) if not f.repr):
+            if (value := getattr(self, f.name)) != f.default and f.name not in own:
+                raise ValueError(f"blocks of family {self.family!r} have no {f.name}, got {value}")
+            if isinstance(value, float) and not 0 < value < math.inf:
+                raise ValueError(f"{f.name} must be positive and finite, got {value}")
+        if len(self.local) not in (0, self.layers) or any(self.local) and self.sliding_window is None:
+            raise ValueError(f"local needs an entry for each of the {self.layers} blocks, and a sliding_window where "
+                             f"one is true; got {len(self.local)} and {self.sliding_window}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads do not divide into {self.kv_heads} key/value heads")
         if self.head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+
+    @property
+    def row(self) -> families.Family:
+        """What the table says of this family."""
+        return families.FORWARD[self.family]
+
+    def at(self, index: int) -> "LlamaConfig":
+        """The configuration of one block: equal ones, which compile once, for blocks of a kind."""
+        if not self.local:
+            return self
+        if not self.local[index]:
+            return replace(self, local=(), local_theta=None, sliding_window=None)
+        own = {} if self.local_theta is None else {"rope_theta": self.local_theta, "rope_scaling": None}
+        return replace(self, local=(), local_theta=None, **own)
+
+    def told(self) -> dict[str, Any]:
+        """The fields by name, as JSON has them; of those that Llama lacks, the ones that differ from its."""
+        names = [f.name for f in fields(self) if f.repr or getattr(self, f.name) != f.default]
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+    def __repr__(self):  # of a Llama as ever: models are known by it
+        return f"LlamaConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in self.told())})"
 
 
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -110,8 +163,11 @@ def block_weights(config: LlamaConfig) -> int:
 
 def vector_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
     """(length,) of each of a block's gains and, where there are any, biases."""
-    biases = {f"{name}_bias": shapes(config)[name][:1] for name in "qkv"} if config.qkv_bias else {}
-    return {"attn_norm": (config.dim,), "ffn_norm": (config.dim,), **biases}
+    of = shapes(config)
+    whole = config.row.qk_norm == "projection"
+    widths = {f"{name}_norm": of[name][0] if whole else config.head_dim for name in "qk"}
+    biases = {f"{name}_bias": of[name][:1] for name in "qkv"} if config.qkv_bias else {}
+    return {name: (widths.get(name, config.dim),) for name in config.row.norms} | biases
 
 
 def init(key: PRNGKeyArray | UInt32[Array, "2"], config: LlamaConfig, dtype=jnp.float32) -> Params:
@@ -120,22 +176,31 @@ def init(key: PRNGKeyArray | UInt32[Array, "2"], config: LlamaConfig, dtype=jnp.
     def normal(key, shape):
         return jax.random.normal(key, shape, dtype) / math.sqrt(shape[1])
 
+    unit = 1 - config.row.gain
+
     def one_block(key):
         keys = jax.random.split(key, len(LINEARS))
         weights = {name: normal(k, shape) for k, (name, shape) in zip(keys, shapes(config).items(), strict=True)}
-        vectors = {n: jnp.full(s, float(n.endswith("norm")), dtype) for n, s in vector_shapes(config).items()}
+        vectors = {n: jnp.full(s, unit if n.endswith("norm") else 0.0, dtype) for n, s in vector_shapes(config).items()}
         return weights | vectors
 
     embed_key, head_key, *block_keys = jax.random.split(key, config.layers + 2)
     table = (config.vocab, config.dim)
     params = {"embed": normal(embed_key, table), "blocks": [one_block(k) for k in block_keys]}
-    params["norm"] = jnp.ones(config.dim, dtype)
+    params["norm"] = jnp.full(config.dim, unit, dtype)
     return params if config.tied else params | {"head": normal(head_key, table)}
 
 
-def rms_norm(x: Float[Array, "b s d"], gain: Any, eps: float) -> Float[Array, "b s d"]:
-    """x / sqrt(mean(x²) + eps) · gain, over the last axis."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain.astype(x.dtype)[None, None]
+def rms_norm(config: LlamaConfig, gain: Any, x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
+    """x / sqrt(mean(x²) + eps) · gain, over the last axis; gain + 1 for families that store it so."""
+    gain = gain.astype(x.dtype)[(None,) * (x.ndim - 1)]
+    gain = gain + config.row.gain if config.row.gain else gain
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps) * gain
+
+
+def _normed(config, params, name, x):
+    """x after the norm of this name, if blocks of the family have one."""
+    return rms_norm(config, params[name], x) if name in config.row.norms else x
 
 
 def rope_frequencies(
@@ -189,7 +254,7 @@ def attention(
     key_positions: Int[Array, " c"],
 ) -> Float[Array, "b s h*e"]:
     """softmax(q kᵀ / sqrt(e)) v, causal; query head i reads key head i // (h / g). Memory b·h·s·c scores, or about
-    ``NUMBERS`` where these are more."""
+    ``NUMBERS`` where these are more. ``attention_scale`` takes the place of 1 / sqrt(e)."""
     attend = partial(_attend, config, k, v, key_positions)
     return in_tiles(attend, len(q) * config.heads * k.shape[1], q, jnp.atleast_2d(positions))
 
@@ -197,7 +262,9 @@ def attention(
 def _attend(config, k, v, key_positions, q, positions):
     b, s, h, e = q.shape
     q = q.reshape(b, s, config.kv_heads, h // config.kv_heads, e)
-    scores = jnp.einsum("bqgre,bkge->bgrqk", q, k) / math.sqrt(e)
+    scores = jnp.einsum("bqgre,bkge->bgrqk", q, k)
+    scores = scores / math.sqrt(e) if config.attention_scale is None else scores * config.attention_scale
+    scores = _capped(scores, config.attention_cap)
     distance = positions[:, :, None] - key_positions[None, None]
     seen = distance >= 0
     if config.sliding_window is not None:
@@ -206,10 +273,23 @@ def _attend(config, k, v, key_positions, q, positions):
     return jnp.einsum("bgrqk,bkge->bqgre", weights, v).reshape(b, s, h * e)
 
 
+def _capped(x, cap):
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def embed(config: LlamaConfig, params: Params, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s d"]:
     """Rows of the embedding table, at least in float32. A token outside the vocabulary gives NaN."""
     x = jnp.asarray(params["embed"]).at[tokens].get(mode="fill", fill_value=jnp.nan)
-    return x.astype(np.promote_types(x.dtype, np.float32))
+    return scaled(config, x, x.dtype)
+
+
+def scaled(config: LlamaConfig, x: Any, stored: np.dtype) -> Any:
+    """Rows of an embedding table that is stored in this type as they enter the first block, at least in float32."""
+    scale = config.embed_scale
+    if config.row.root_scale:  # the models were trained with the root rounded so
+        scale *= float(np.asarray(math.sqrt(config.dim)).astype(stored))
+    x = x.astype(np.promote_types(stored, np.float32))
+    return x if scale == 1 else x * scale
 
 
 def block(
@@ -217,21 +297,26 @@ def block(
 ) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "b s _"]]]:
     """One decoder block: the new residual stream, and the inputs of its linear layers by ``INPUT_OF``.
 
+    ``config``: of this block, ``config.at(index)``; ValueError for that of a whole model whose blocks differ.
     Inputs that the caller drops cost nothing under ``jit``.
     """
-
-    h = rms_norm(x, params["attn_norm"], config.norm_eps)
+    h = _normed(config, params, "attn_norm", x)
     q, k, v = _heads(config, params, h, positions)
     return _after(config, params, x, h, attention(config, q, k, v, positions, positions))
 
 
 def _heads(config, params, h, positions):
     """Queries and keys, rotated, and values."""
+    if config.local:  # which of the kinds would be a guess
+        raise ValueError("blocks of this model differ: give the configuration of one, config.at(index)")
 
     def project(name):
         y = apply(params[name], h)
         if config.qkv_bias:
             y = y + params[f"{name}_bias"].astype(y.dtype)[None, None]
+        if (norm := f"{name}_norm") in config.row.norms:
+            width = {"head": config.head_dim, "projection": y.shape[2]}[config.row.qk_norm]
+            y = rms_norm(config, params[norm], y.reshape(*y.shape[:2], -1, width))
         return y.reshape(*y.shape[:2], -1, config.head_dim)
 
     q, k, v = (project(name) for name in "qkv")
@@ -240,10 +325,15 @@ def _heads(config, params, h, positions):
 
 def _after(config, params, x, h, mixed):
     """What follows the attention, as ``block`` returns it."""
-    x = x + apply(params["o"], mixed)
-    z = rms_norm(x, params["ffn_norm"], config.norm_eps)
-    inner = jax.nn.silu(apply(params["gate"], z)) * apply(params["up"], z)
-    return x + apply(params["down"], inner), {"qkv": h, "o": mixed, "up": z, "down": inner}
+
+    def add(x, name, layer, inner):
+        y = _normed(config, params, f"{name}_post_norm", apply(params[layer], inner))
+        return x + (y if config.residual_scale == 1 else y * config.residual_scale)
+
+    x = add(x, "attn", "o", mixed)
+    z = _normed(config, params, "ffn_norm", x)
+    inner = ACTIVATIONS[config.row.activation](apply(params["gate"], z)) * apply(params["up"], z)
+    return add(x, "ffn", "down", inner), {"qkv": h, "o": mixed, "up": z, "down": inner}
 
 
 class Cache(NamedTuple):
@@ -266,7 +356,7 @@ def cached_block(
     Rows may stand at different positions. A token sees no slot beyond its own, so whatever lies there does no harm:
     sequences padded on the right with any tokens give each the same as alone. A position of c or more is lost silently.
     """
-    h = rms_norm(x, params["attn_norm"], config.norm_eps)
+    h = _normed(config, params, "attn_norm", x)
     q, k, v = _heads(config, params, h, positions)
     rows = jnp.arange(len(x))[:, None]
     cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
@@ -276,12 +366,13 @@ def cached_block(
 
 def head(config: LlamaConfig, params: Params, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
     """Logits from the last residual stream."""
-    return apply(params["embed" if config.tied else "head"], rms_norm(x, params["norm"], config.norm_eps))
+    logits = apply(params["embed" if config.tied else "head"], rms_norm(config, params["norm"], x))
+    return _capped(logits if config.logit_divisor == 1 else logits / config.logit_divisor, config.logit_cap)
 
 
 def forward(config: LlamaConfig, params: Params, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s v"]:
-    """Logits of the next token at each position. Compiling it unrolls the blocks; ``block`` alone compiles once."""
+    """Logits of the next token at each position. Compiling it unrolls the blocks; ``block`` compiles once a kind."""
     x, positions = embed(config, params, tokens), jnp.arange(tokens.shape[1])
-    for block_params in params["blocks"]:
-        x, _ = block(config, block_params, x, positions)
+    for i, block_params in enumerate(params["blocks"]):
+        x, _ = block(config.at(i), block_params, x, positions)
     return head(config, params, x)

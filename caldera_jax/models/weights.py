@@ -1,6 +1,7 @@
 """Weights that stay in their files until they are asked for, so that a model need not fit in memory."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +12,11 @@ from caldera_jax.models.llama import LlamaConfig, Params
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: what its header says, and how to read it."""
+    """A tensor of a file: what its header says, and how to read it, or the rows of a slice."""
 
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 class Model(NamedTuple):
@@ -62,14 +63,23 @@ def whole(params: Params) -> Params:
     return params | {"blocks": [dict(block) for block in params["blocks"]]}
 
 
+def by_tensor(config: LlamaConfig, names: dict[str, str]) -> dict[str, tuple[tuple[int, ...], dict[str, slice]]]:
+    """Tensor of a block -> its shape, and the parts that it holds, most often one, with their rows."""
+    found: dict[str, tuple[tuple[int, ...], dict[str, slice]]] = {}
+    for part, (count, *width) in (llama.shapes(config) | llama.vector_shapes(config)).items():
+        (start, *_), parts = found.get(names[part], ((0,), {}))
+        found[names[part]] = (start + count, *width), parts | {part: slice(start, start + count)}
+    return found
+
+
 def assemble(config: LlamaConfig, names: dict[str, str], tensors: dict[str, Tensor], source: str) -> Params:
     """The params tree from ``tensors`` (emptied on the way), every one of which must be used and of the right shape.
 
-    ``names``: part of the tree -> tensor, with ``{}`` for the block's index.  Embedding, norm and head are read.
+    ``names``: part of the tree -> tensor, with ``{}`` for the block's index; parts with one name are its rows, one
+    below the other.  Embedding, norm and head are read.
     """
 
-    def take(part, shape, *index):
-        name = names[part].format(*index)
+    def take(name, shape):
         if name not in tensors:
             raise ValueError(f"{source}: tensor {name} is missing; the configuration asks for it with shape {shape}")
         tensor = tensors.pop(name)
@@ -79,11 +89,17 @@ def assemble(config: LlamaConfig, names: dict[str, str], tensors: dict[str, Tens
             raise ValueError(f"{source}: tensor {name} is {tensor.dtype}; floating-point weights of 16+ bits needed")
         return tensor.read
 
-    parts = llama.shapes(config) | llama.vector_shapes(config)
-    table = (config.vocab, config.dim)
-    others = {"embed": take("embed", table), "norm": take("norm", (config.dim,))}
-    others |= {} if config.tied else {"head": take("head", table)}
-    blocks = [Block({p: take(p, shape, i) for p, shape in parts.items()}) for i in range(config.layers)]
+    def block(index):
+        found = {}
+        for name, (shape, parts) in tensors_of_block.items():
+            read = take(name.format(index), shape)
+            found |= {part: partial(read, rows) if len(parts) > 1 else read for part, rows in parts.items()}
+        return Block(found)
+
+    tensors_of_block, table = by_tensor(config, names), (config.vocab, config.dim)
+    others = {"embed": take(names["embed"], table), "norm": take(names["norm"], (config.dim,))}
+    others |= {} if config.tied else {"head": take(names["head"], table)}
+    blocks = [block(index) for index in range(config.layers)]
     if tensors:
         names = ", ".join(sorted(tensors)[:5])
         raise ValueError(f"{source}: {len(tensors)} tensors that this architecture does not use: {names}, ...")
