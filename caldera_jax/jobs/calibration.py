@@ -207,7 +207,7 @@ def _squares(config, params, tokens, key, windows, blocks):
     for index in range(config.layers):
         placed = jax.device_put(_dense(params, index))
         entering.append(np.concatenate([forward(config.at(index), placed, x) for x in split(entering[-1])]))
-    last = jax.device_put(weights.rest(params))
+    last = jax.device_put(weights.last(params))
     pulled = np.concatenate([_pull_head(config, last, x, jax.random.fold_in(key, i))
                              for i, x in zip(windows, split(entering.pop()), strict=True)])
     for index in reversed(range(config.layers)):

@@ -154,7 +154,7 @@ def _each(function: Callable[..., Any], count: int, config: LlamaConfig, models:
 
     On every process; each computes its own windows.
     """
-    last = [weights.rest(params) for params in models]
+    last = [weights.last(params) for params in models]
     dtype = np.promote_types(models[0]["embed"].dtype, np.float32)
     found = np.zeros((len(windows), count, windows.shape[1] - 1), dtype)
 

@@ -210,7 +210,7 @@ def score(config: LlamaConfig, params: Params, rows: Sequence[Sequence[int]], lo
     Rows may differ in length, up to ``longest`` + 1; ``params`` in memory.  Padding on the right changes nothing, as
     attention is causal.  Raises ValueError for logits that are not finite.
     """
-    last, found = weights.rest(params), [None] * len(rows)
+    last, found = weights.last(params), [None] * len(rows)
     with tqdm(total=len(rows), desc="score", disable=quiet) as progress:
         for members, tokens in batches(rows, longest):
             x = _hidden(config, params, tokens[:, :-1])

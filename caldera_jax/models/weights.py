@@ -58,6 +58,11 @@ def rest(params: Params) -> Params:
     return {name: value for name, value in params.items() if name != "blocks"}
 
 
+def last(params: Params) -> Params:
+    """What ``llama.head`` needs: the last norm, and the head, or the embedding where that is the head."""
+    return {name: params[name] for name in ("norm", "head" if "head" in params else "embed")}
+
+
 def whole(params: Params) -> Params:
     """The params with every block in memory, as a pytree."""
     return params | {"blocks": [dict(block) for block in params["blocks"]]}
