@@ -14,28 +14,31 @@ MASSIVE = 1e3  # times the median squared norm of its window's tokens: a token t
 
 class Moments(NamedTuple):
     """Running sum of x xᵀ and the number of tokens; ``error`` holds what rounding took from ``sum``, ``peak`` the
-    largest squared norm of a token, over the median of its window, ``energy`` the sum of all, not capped."""
+    largest squared norm of a token, over the median of its window; ``energy`` the sum of all squared norms, not
+    capped, and ``ordinary`` what it would be if all had the median of their window."""
 
     sum: Float[Array, "n n"]
     error: Float[Array, "n n"]
     count: Int[Array, ""]
     peak: Float[Array, ""]
     energy: Float[Array, ""]
+    ordinary: Float[Array, ""]
 
     def mean(self) -> Float[Array, "n n"]:
         """H = Σ x xᵀ / tokens."""
         return (self.sum + self.error) / self.count.astype(self.sum.dtype)
 
-    def excess(self) -> Float[Array, ""]:
-        """tr H of the tokens as they are, over that of H: more than 1 where some are capped."""
-        counted = jnp.trace(self.sum)
-        return jnp.where(counted > 0, self.energy / counted, jnp.ones_like(counted))
+    def left_out(self, damping: float) -> Float[Array, ""]:
+        """(1 + λ r) / (1 + λ s): r and s are tr H of the tokens as they are, and as they count, over that of ordinary
+        ones.  About what damping by λ of the one or the other adds to D; 1 where no token is capped."""
+        ordinary = jnp.where(self.ordinary > 0, self.ordinary, jnp.ones_like(self.ordinary))
+        return (ordinary + damping * self.energy) / (ordinary + damping * jnp.trace(self.sum + self.error))
 
 
 def zero(n: int, dtype=jnp.float32) -> Moments:
     """Moments of no tokens."""
     return Moments(jnp.zeros((n, n), dtype), jnp.zeros((n, n), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), dtype),
-                   jnp.zeros((), dtype))
+                   *jnp.zeros((2, 1), dtype)[:, 0])
 
 
 def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Array, ""] = jnp.inf) -> Moments:
@@ -43,7 +46,7 @@ def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Arr
 
     A token whose squared norm exceeds ``cap`` times its window's median counts as one of that norm (inf: as it is).
     Models have tokens, mostly the first of a text, with 10³ to 10⁵ times the others' (2402.17762).  One such token
-    fills H, whose damping then drowns the others; a cap of 100 gives these their due.
+    fills H, whose damping then drowns the others; a cap of 10⁴ leaves them their due.
     """
     rows = jnp.atleast_2d(x).astype(moments.sum.dtype)
     norms = jnp.sum(rows * rows, axis=-1, keepdims=True)
@@ -54,7 +57,7 @@ def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Arr
     rows = (rows * jnp.where(ratio > cap, jnp.sqrt(cap / ratio), jnp.ones_like(ratio))).reshape(-1, x.shape[-1])
     gram = jnp.matmul(rows.T, rows, precision=lax.Precision.HIGHEST)
     return merge(moments, Moments(gram, jnp.zeros_like(gram), jnp.asarray(len(rows), jnp.int32), jnp.max(ratio),
-                                  jnp.sum(norms)))
+                                  jnp.sum(norms), jnp.sum(middle) * norms.shape[-2]))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -63,7 +66,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     part = total - a.sum
     lost = (a.sum - (total - part)) + (b.sum - part)
     return Moments(total, a.error + b.error + lost, a.count + b.count, jnp.maximum(a.peak, b.peak),
-                   a.energy + b.energy)
+                   a.energy + b.energy, a.ordinary + b.ordinary)
 
 
 class HessianFactors(NamedTuple):

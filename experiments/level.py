@@ -99,7 +99,7 @@ def changed(*patches) -> Iterator[None]:
         jax.clear_caches()
 
 
-PLAIN, ALIKE, OWN = "all parts", "layers alike, too", "tokens capped at 100, importance as it is"
+PLAIN, ALIKE, OWN = "all parts", "layers alike, too", "tokens capped at 10000, importance as it is"
 SETTINGS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "scalar integers": {"level": LevelConfig(states=1)}, "8 states": {"level": LevelConfig(states=8)},
@@ -111,8 +111,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "importance as estimated": {"importance": Importance(floor=0.0, shrinkage=0.0)}, "importance on python": {},
     "16 windows of text": {"calibration": 16}, "on python": {"text": "python"},
     "on both texts": {"text": "enwiki+python"},
-    **{part: {"token_cap": cap} for part, cap in (("tokens capped at 1000", 1e3), ("tokens capped at 100", 1e2),
-                                                  (OWN, 1e2))},
+    "tokens capped at 10000": {"token_cap": 1e4}, OWN: {"token_cap": 1e4},
 }
 
 
@@ -120,7 +119,7 @@ def patches(part: str) -> list[Any]:
     """What is replaced in the package."""
     return {ALIKE: [patch.object(level, "importance", alike)],
             "importance on python": [patch.object(level, "importance", partial(elsewhere, level.importance))],
-            OWN: [patch.object(hessian.Moments, "excess", lambda moments: 1.0)],
+            OWN: [patch.object(hessian.Moments, "left_out", lambda moments, damping: 1.0)],
             "columns alike": [patch.object(levels, "quantize", partial(one_step, levels.quantize))],
             "inputs rotated": [patch.object(level, "at_level", partial(rotated, level.at_level)),
                                patch.object(linear, "packed", partial(turned, linear.packed))]}.get(part, [])

@@ -339,9 +339,9 @@ def test_moments_and_runs_of_before_the_cap_are_of_whole_tokens(config, tmp_path
     files.write_arrays(tmp_path / "m", fields)
     found = calibration.load_moments(tmp_path / "m")["up"]
     np.testing.assert_allclose(found.energy, np.sum(x * x), rtol=1e-5)
-    assert float(found.excess()) == 1 and float(found.peak) == 0
+    assert float(found.left_out(0.01)) == 1 and float(found.peak) == 0
     plain = report.plain(config)
-    assert recorded(plain) == config and config.token_cap == 100
+    assert recorded(plain) == config and config.token_cap == 1e4
     del plain["token_cap"]
     assert recorded(plain).token_cap == 0
 
@@ -350,8 +350,8 @@ def test_a_massive_token_is_named(finished):
     row = json.loads(json.dumps(finished[1]))
     assert "massive" not in cli.table(row)
     row["layers"][6]["peak"], row["layers"][9]["peak"] = 331042.2, 20815.0
-    assert ("massive token     blocks.0.down: 3.31e+05 times the median squared norm, counted as 100 times (2 layers "
-            "have such tokens)") in cli.table(row)
+    assert ("massive token     blocks.0.down: 3.31e+05 times the median squared norm, counted as 10000 times (2 "
+            "layers have such tokens)") in cli.table(row)
     row["config"]["token_cap"] = 0.0
     assert "counted whole (2" in cli.table(row)
 

@@ -98,13 +98,13 @@ def _over_processes(own: Moments) -> Moments:
     """The Moments of all processes, merged some rows at a time: no message is larger than one matrix."""
     host = jax.tree.map(np.array, own)
     step = -(-len(host.sum) // spread.count())
-    scalars = [spread.gather(value)[:spread.holders()] for value in (host.count, host.peak, host.energy)]
+    scalars = [spread.gather(value)[:spread.holders()] for value in host[2:]]
     for i in range(0, len(host.sum), step):
         rows = slice(i, i + step)
         parts = map(Moments, spread.gather(host.sum[rows]), spread.gather(host.error[rows]), *scalars)
         total = spread.fold(parts, _merge)
         host.sum[rows], host.error[rows] = total.sum, total.error
-    return Moments(jnp.asarray(host.sum), jnp.asarray(host.error), total.count, total.peak, total.energy)
+    return Moments(jnp.asarray(host.sum), jnp.asarray(host.error), *total[2:])
 
 
 def collect(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], blocks: int | None = None,
@@ -240,8 +240,9 @@ def load_moments(path: Path) -> dict[str, Moments]:
     arrays = files.read_arrays(path)
     names = sorted({key.rsplit(".", 1)[0] for key in arrays})
     first = {f"{name}.{field}": value for name in names for field, value in (
-        ("peak", np.float32(0)), ("energy", np.trace(arrays.get(f"{name}.sum", np.zeros((1, 1), np.float32)))))}
-    arrays = first | arrays  # the first ones had neither, and no cap
+        ("peak", np.float32(0)), ("ordinary", np.float32(0)),
+        ("energy", np.trace(arrays.get(f"{name}.sum", np.zeros((1, 1), np.float32)))))}
+    arrays = first | arrays  # the first ones had none of these, and no cap
     if missing := {f"{name}.{field}" for name in names for field in Moments._fields} - arrays.keys():
         raise ValueError(f"{path}: no Moments: it lacks {min(missing)}: remove the file, to calibrate again")
     return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}

@@ -201,12 +201,12 @@ def _layer(job: Work, g: Outputs, c: float, turn: str, index: int, i: int) -> No
 def _given(job: Work, g: Outputs, index: int, i: int) -> tuple[Given, Float[np.ndarray, " m"]]:
     """A layer, and the importance of its outputs.
 
-    Where the cap leaves out tokens that make tr H r times as large, g grows by (1 + λ r) / (1 + λ): about what damping
-    by λ tr H of the whole tokens would do to D.  This is found, not derived (experiments/README.md, One level): where
-    attention rests on a massive token, finer steps for its layer pay more than H and g say.
+    Where the cap cuts tokens down, g grows by about as much as damping by the whole tokens' tr H would raise D.  This
+    is found, not derived (experiments/README.md, One level): where attention rests on a massive token, finer steps for
+    its layer pay more than H and g say.
     """
-    given, damping = job.given(index, i), job.config.level.damping
-    return given, g[f"blocks.{index}.{llama.LINEARS[i]}"] * (1 + damping * given.excess) / (1 + damping)
+    given = job.given(index, i)
+    return given, g[f"blocks.{index}.{llama.LINEARS[i]}"] * given.lift
 
 
 @jax.jit

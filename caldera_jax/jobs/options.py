@@ -63,8 +63,8 @@ class Texts:
     bos: Switch = None
     """begin each window, of calibration and of evaluation, with the model's BOS, in place of its last token."""
     token_cap: Float = None
-    """a calibration token whose squared norm exceeds so many times the median one counts as one of that norm; 100
-    unless the preset says otherwise (paper: 0, no cap)."""
+    """a calibration token whose squared norm exceeds so many times the median one counts as one of that norm;
+    10000 unless the preset says otherwise (paper: 0, no cap)."""
     activations: Annotated[Literal["dense", "compressed"] | None,
                            arg(metavar="{dense,compressed}", help_behavior_hint="")] = None
     """calibrate on the dense model, or on the one whose earlier blocks are compressed already."""

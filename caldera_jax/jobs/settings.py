@@ -70,7 +70,7 @@ class RunConfig:
     c: float | None = None
     importance: Importance = Importance()
     bos: bool = False
-    token_cap: float = 100.0
+    token_cap: float = 1e4
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):

@@ -20,14 +20,14 @@ from caldera_jax.models.convert import Model
 
 
 class Given(NamedTuple):
-    """A layer's key, weights and Hessian, its inputs' largest token, and how much of them the cap leaves out
-    (``hessian.Moments``; 0 and 1 where they are not known)."""
+    """A layer's key, weights and Hessian, its inputs' largest token (``hessian.Moments``; 0: not known), and the factor
+    of its outputs' importance that makes up for what the cap leaves out."""
 
     key: Array
     w: Array
     h: Array
     peak: float
-    excess: float
+    lift: float
 
 
 class Work(NamedTuple):
@@ -47,7 +47,8 @@ class Work(NamedTuple):
         w = jnp.asarray(self.model.params["blocks"][index][name])
         if self.config.hessians is None:
             moments = calibration.load_moments(calibration.spilled(self.folder, index, source))[source]
-            return Given(key, w, moments.mean(), float(moments.peak), float(moments.excess()))
+            lift = float(moments.left_out(self.config.level.damping)) if self.config.level else 1.0
+            return Given(key, w, moments.mean(), float(moments.peak), lift)
         hessians = Path(self.config.hessians)
         return Given(key, w, jnp.asarray(calibration.released(hessians, self.model.config, index, source)), 0.0, 1.0)
 
