@@ -1,9 +1,11 @@
-"""What llama.cpp makes of an exported model: the same tokens, and the same probabilities of the next one.
+"""What other programs make of the same model: the same tokens, probabilities and perplexity.
 
-    python experiments/interop.py [DIR]     # of a compressed model; left out: smollm2-135m, not compressed
+    python experiments/interop.py [DIR]             # llama.cpp, of an exported model; left out: smollm2-135m, dense
+    python experiments/interop.py --dense MODEL     # transformers, of a built-in's own GGUF file
 
-Writes results/interop.json.  Needs llama-cpp-python, best in an environment of its own beside this package:
-pip install llama-cpp-python.  Weights, keys and values are float32, so what differs is the rounding of two programs.
+Writes results/interop.json, or results/interop_MODEL.json.  Needs llama-cpp-python, best in an environment of its own
+beside this package: pip install llama-cpp-python; or torch and transformers.  Weights, keys and values are float32, so
+what differs is the rounding of two programs.
 """
 
 import importlib.util
@@ -15,15 +17,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caldera_jax.jobs import artifact, export, report
-from caldera_jax.models import convert, files, llama, tokenizer
+from caldera_jax.jobs import artifact, evaluate, export, report
+from caldera_jax.models import convert, data, files, llama, tokenizer
 
 RESULT = Path(__file__).parent / "results" / "interop.json"
 TEXTS = ("The quick brown fox jumps over the lazy dog.", "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.",
          "def f(x):\n    return 3.14159 * x  # 1234567\n", "It's  spaced\t\tout ,\n\n\nisn't it?",
          "日本語のテキスト 🙂 και ελληνικά",
          "<|im_start|>user\nWho wrote Hamlet?<|im_end|>\n<|im_start|>assistant\n")
-MOST = 1e-3  # difference of a probability
+MOST = 1e-3  # difference of a probability, and relative one of a perplexity
+
+
+def dense(name: str, windows: int = 2) -> None:
+    """Losses of every window of both built-in texts, as read and computed by either program."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers import __version__ as version
+
+    path, model = data.fetch_model(name), convert.load(name)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    found = {}
+    for text in ("enwiki", "python"):
+        tokens = data.windows_beside(model, data.Tokens(text, windows, 512), "", "evaluation")
+        ours = evaluate.token_losses(model.config, model.params, tokens).mean(1)
+        with torch.no_grad():
+            others = [float(theirs(input_ids=one, labels=one).loss) for one in torch.tensor(tokens).long()[:, None]]
+        found[text] = {"ours": ours.tolist(), "theirs": others, "perplexity": float(np.exp(ours.mean())),
+                       "their_perplexity": float(np.exp(np.mean(others)))}
+        print(f"{text}: perplexity {found[text]['perplexity']:.5f}, transformers {np.exp(np.mean(others)):.5f}")
+    files.write_json(RESULT.with_name(f"interop_{name}.json"), {
+        **report.provenance({"model": name, "windows": windows, "window": 512, "transformers": version}, 0), **found})
+    if any(abs(one["perplexity"] / one["their_perplexity"] - 1) > MOST for one in found.values()):
+        raise SystemExit(f"transformers computes another perplexity of {name}")
 
 
 def main(directory: str | None = None) -> None:
@@ -59,4 +84,7 @@ def main(directory: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:2] == ["--dense"]:
+        dense(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])
