@@ -266,7 +266,9 @@ def layers():
     return machinery.layers("tiny", 2, windows=16)
 
 
-@pytest.mark.parametrize("name, option", [("k", Option(8, 2)), ("down", Option(16, 3)), ("k", Option(32, 2, 2))])
+@pytest.mark.parametrize("name, option", [
+    ("k", Option(8, 2)), *(pytest.param(*one, marks=pytest.mark.slow)
+                           for one in (("down", Option(16, 3)), ("k", Option(32, 2, 2))))])
 def test_with_rank_the_error_of_real_layers_is_predicted(layers, name, option):
     w, h = layers[name]
     config, key = CalderaConfig(svd="randomized", outer_iterations=8, inner_iterations=5), jax.random.key(0)
@@ -374,7 +376,7 @@ def test_the_least_that_an_error_names_can_be_copied(least, weights):
 TINY = [(192, 192), (96, 192), (96, 192), (192, 192), (512, 192), (512, 192), (192, 512)] * 5
 
 
-@pytest.mark.parametrize("bits_a_weight", [2.1, 2.3, 3.0])
+@pytest.mark.parametrize("bits_a_weight", [2.1, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2.3, 3.0))])
 def test_a_model_of_35_layers_uses_its_budget_to_one_per_cent(bits_a_weight):
     """With losses as the theory of white weights has them: 4^{−B} of a layer, of which rank takes its share away."""
     rng, weights = np.random.default_rng(0), sum(m * n for m, n in TINY)

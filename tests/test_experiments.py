@@ -137,7 +137,7 @@ def test_an_unknown_experiment_is_refused_and_the_known_ones_are_listed():
         runner.experiment("outre")
 
 
-QUICK = ("inner", "ablations", "distillation")
+QUICK = ("inner",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)

@@ -381,7 +381,7 @@ def source(request, tmp_path_factory):
     return tiny.write_model(folder / "model", config, jax.tree.map(np.asarray, make(config)))
 
 
-@pytest.mark.parametrize("kind", ["level", "e8p"])
+@pytest.mark.parametrize("kind", ["level", pytest.param("e8p", marks=pytest.mark.slow)])
 def test_a_model_is_compressed_read_evaluated_trained_and_exported(source, kind, tmp_path, capsys, monkeypatch):
     text = str(source.parent / "text.txt")
     given = {"bits": 4.0, "level": LevelConfig(), "importance": Importance(2)} if kind == "level" else {"caldera": E8P}

@@ -106,8 +106,8 @@ def wide(tree):
     return jax.tree.map(lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
-@pytest.fixture(scope="module", params=[{}, {"family": "gemma2", "sliding_window": 3, "local": (True, False)}],
-                ids=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=[pytest.param({}, id="llama"), pytest.param(
+    {"family": "gemma2", "sliding_window": 3, "local": (True, False)}, id="gemma2", marks=pytest.mark.slow)])
 def small(request):
     """A float64 model of two blocks with layers of every kind of grid, and its tokens."""
     config = dataclasses.replace(tiny.CONFIG, vocab=31, layers=2, **request.param)
@@ -195,6 +195,7 @@ def test_the_loss_of_long_windows_is_taken_in_tiles_of_positions(small, goal, mo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), outcome(), expected)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(small):
     config, params, _, tokens = small
     found = []
@@ -484,6 +485,7 @@ def test_bad_input_is_named(place, finished, tmp_path):
         artifact.base(tmp_path)
 
 
+@pytest.mark.slow
 def test_devices_that_share_a_batch_find_the_same_losses(place, finished, tmp_path):
     code = ("import sys, jax; from caldera_jax.jobs import finetune as f; from caldera_jax.models.data import Tokens\n"
             "assert jax.device_count() == 4\n"
