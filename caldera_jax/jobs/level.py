@@ -155,7 +155,10 @@ def corrected(config: LevelConfig, known: Mapping[str, Curve],
               done: Mapping[str, tuple[float, int]]) -> dict[str, Curve]:
     """The curves as they would have predicted what was found."""
     def right(curve, c, bits):
-        ratio = (bits - curve.side) / max(curve.bits(c, config) - curve.side, 1)
+        predicted = curve.bits(c, config) - curve.side
+        if predicted < 1:  # of an expert that the few windows did not ask: no ratio mends it
+            return curve._replace(side=bits)
+        ratio = (bits - curve.side) / predicted
         return curve._replace(counts=[ratio * count for count in curve.counts])
 
     return {path: right(curve, *done[path]) if path in done else curve for path, curve in known.items()}
