@@ -266,7 +266,8 @@ def spill(directory: Path, index: int, moments: dict[str, Moments]) -> None:
 def released(directory: Path, config: LlamaConfig, index: int, name: str) -> Float[np.ndarray, "n n"]:
     """The Hessian of one input as the authors of QuIP# and CALDERA released it.
 
-    Files ``0_qkv.pt``, ``0_o.pt``, ``0_up.pt``, ``0_down.pt``, ``1_qkv.pt``, …; see ``read_hessian``.
+    Files ``0_qkv.pt``, ``0_o.pt``, ``0_up.pt``, ``0_down.pt``, ``1_qkv.pt``, …, of expert 5 ``0_up_5.pt``; see
+    ``read_hessian``.
     """
     h, n = read_hessian(path := directory / f"{index}_{name}.pt"), llama.input_sizes(config)[name]
     if len(h) != n:

@@ -229,14 +229,13 @@ def memory_need(config: llama.LlamaConfig, calibrated: tuple[int, int], evaluate
     their squares and a backward pass of a window, and the streams of CHUNK tokens that enter every block; the logits
     of a window.  Together: the residual streams.
     """
-    inputs = [*llama.input_sizes(config).values()]
-    moments = 8 * sum(n**2 for n in (inputs if config.experts else set(inputs)))
+    inputs = llama.input_sizes(config).values()
     block, window, width = llama.block_weights(config), max(calibrated[1], evaluated[1]), config.ffn_dim + config.dim
-    width *= max(1, config.experts)
+    width = width * max(5, 3 * config.experts) // 5  # XLA holds what most experts see, by its own account on a CPU
     batch = max(window, min(4 * window, calibration.BATCH))
     scores = lambda tokens: min(tokens * window * config.heads, llama.NUMBERS)
     layer = 3 * block + 16 * max(inputs)**2
-    forward = block + moments + 2 * scores(batch) + 4 * batch * width
+    forward = block + 8 * sum(n**2 for n in inputs) + 2 * scores(batch) + 4 * batch * width
     backward = (5 * block + config.layers * max(calibration.CHUNK, window) * config.dim + 3 * scores(window)
                 + 6 * window * width)
     logits = 4 * min(window * config.vocab, llama.NUMBERS)
