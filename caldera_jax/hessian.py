@@ -15,7 +15,8 @@ MASSIVE = 1e3  # times the median squared norm of its window's tokens: a token t
 class Moments(NamedTuple):
     """Running sum of x xᵀ and the number of tokens; ``error`` holds what rounding took from ``sum``, ``peak`` the
     largest squared norm of a token, over the median of its window; ``energy`` the sum of all squared norms, not
-    capped, and ``ordinary`` what it would be if all had the median of their window."""
+    capped, and ``ordinary`` what it would be if all had the median of their window; ``seen`` the number of tokens that
+    are not zero: of an expert's inputs, those that are routed to it."""
 
     sum: Float[Array, "n n"]
     error: Float[Array, "n n"]
@@ -23,6 +24,7 @@ class Moments(NamedTuple):
     peak: Float[Array, ""]
     energy: Float[Array, ""]
     ordinary: Float[Array, ""]
+    seen: Int[Array, ""]
 
     def mean(self) -> Float[Array, "n n"]:
         """H = Σ x xᵀ / tokens."""
@@ -38,26 +40,28 @@ class Moments(NamedTuple):
 def zero(n: int, dtype=jnp.float32) -> Moments:
     """Moments of no tokens."""
     return Moments(jnp.zeros((n, n), dtype), jnp.zeros((n, n), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), dtype),
-                   *jnp.zeros((2, 1), dtype)[:, 0])
+                   *jnp.zeros((2, 1), dtype)[:, 0], jnp.zeros((), jnp.int32))
 
 
 def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Array, ""] = jnp.inf) -> Moments:
     """Add the outer products of the tokens in x, whose last axis but one is a window; O(tokens n²).
 
     A token whose squared norm exceeds ``cap`` times its window's median counts as one of that norm (inf: as it is).
+    Tokens that are zero add nothing, and the median is of the others.
     Models have tokens, mostly the first of a text, with 10³ to 10⁵ times the others' (2402.17762).  One such token
     fills H, whose damping then drowns the others; a cap of 10⁴ leaves them their due.
     """
     rows = jnp.atleast_2d(x).astype(moments.sum.dtype)
     norms = jnp.sum(rows * rows, axis=-1, keepdims=True)
-    middle = jnp.median(norms, axis=-2, keepdims=True)
+    middle = jnp.nanmedian(jnp.where(norms == 0, jnp.nan, norms), axis=-2, keepdims=True)
     ratio = norms / jnp.where(middle > 0, middle, jnp.ones_like(middle))
-    ratio = jnp.where(middle > 0, ratio, jnp.ones_like(ratio))  # most tokens are zero: nothing to compare with
+    ratio = jnp.where(middle > 0, ratio, jnp.ones_like(ratio))  # all tokens are zero: nothing to compare with
     cap = jnp.asarray(cap, ratio.dtype)
     rows = (rows * jnp.where(ratio > cap, jnp.sqrt(cap / ratio), jnp.ones_like(ratio))).reshape(-1, x.shape[-1])
     gram = jnp.matmul(rows.T, rows, precision=lax.Precision.HIGHEST)
     return merge(moments, Moments(gram, jnp.zeros_like(gram), jnp.asarray(len(rows), jnp.int32), jnp.max(ratio),
-                                  jnp.sum(norms), jnp.sum(middle) * norms.shape[-2]))
+                                  jnp.sum(norms), jnp.sum(jnp.where(norms > 0, middle, 0)),
+                                  jnp.sum(norms > 0, dtype=jnp.int32)))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -66,7 +70,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     part = total - a.sum
     lost = (a.sum - (total - part)) + (b.sum - part)
     return Moments(total, a.error + b.error + lost, a.count + b.count, jnp.maximum(a.peak, b.peak),
-                   a.energy + b.energy, a.ordinary + b.ordinary)
+                   a.energy + b.energy, a.ordinary + b.ordinary, a.seen + b.seen)
 
 
 class HessianFactors(NamedTuple):

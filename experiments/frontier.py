@@ -128,7 +128,7 @@ def statistics(name: str, windows: int, window: int, seed: int, part: str) -> Pa
     model = machinery.model(name)
     folder = WORK / machinery.fingerprint(name)[:12] / f"{part}_{windows}_{window}_{seed}"
     with machinery.claimed(folder / "moments", wait=True):
-        if not compress.calibrated(folder, range(model.config.layers)):
+        if not compress.calibrated(folder, model.config, range(model.config.layers)):
             for found in calibration.collect(model.config, model.params, tokens(name, windows, window, seed, part)):
                 calibration.spill(folder, *found)
     return folder

@@ -21,7 +21,6 @@ from caldera_jax.incoherence import Rotation
 from caldera_jax.jobs import artifact, evaluate, level
 from caldera_jax.jobs.compress import compress
 from caldera_jax.jobs.settings import Importance, RunConfig, count
-from caldera_jax.jobs.work import paths
 from caldera_jax.models import data, llama
 from caldera_jax.models.data import Tokens
 from caldera_jax.objective import proxy_loss
@@ -49,7 +48,7 @@ class Config:
 def alike(job, tokens, folder) -> dict[str, np.ndarray]:
     """Importance that knows nothing of the model: that of every output of a layer, and of every layer's own size."""
     found = {}
-    for path in paths(range(count(job.config, job.model.config))):
+    for path in job.paths(range(count(job.config, job.model.config))):
         _, index, name = path.split(".")
         _, w, h, *_ = job.given(int(index), llama.LINEARS.index(name))
         found[path] = np.full(len(w), len(w) / float(proxy_loss(w.astype(h.dtype), h)))

@@ -29,6 +29,7 @@ from caldera_jax.models.data import Tokens
 
 FAMILIES = tiny.FAMILIES
 GEMMA_2, GEMMA_3, PHI_3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"
+MIXTRAL, QWEN_3_MOE = "MixtralForCausalLM", "Qwen3MoeForCausalLM"
 every_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -49,12 +50,15 @@ def numbers(config):
     return {name: value for name, value in named.items() if getattr(config, name) != value}
 
 
-@pytest.mark.parametrize(("name", "field"), [(name, field) for name, config in FAMILIES.items()
-                                             for field in numbers(config)] + [("gemma3", "local layers")])
+@pytest.mark.parametrize(("name", "field"), [
+    *((name, field) for name, config in FAMILIES.items() for field in numbers(config) if field != "experts"),
+    ("gemma3", "local layers")])
 def test_every_number_of_a_family_matters_to_its_logits(name, field):
     """So that agreement with another program is agreement in each."""
     config = FAMILIES[name]
     change = {field: numbers(config).get(field)}
+    if field == "experts_per_token":
+        change = {field: 1}
     if field == "local layers":
         change = {"local": config.local[::-1]}
     elif field == "sliding_window" and config.local:
@@ -213,8 +217,24 @@ LONG = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
     ("GraniteForCausalLM", {"logits_scaling": None}, "logits_scaling as a number, got None"),
     ("GemmaForCausalLM", {}, "'GemmaForCausalLM' is not supported; supported: .*Gemma2ForCausalLM"),
     ("Gemma3ForConditionalGeneration", {}, "'Gemma3ForConditionalGeneration' is not supported"),
+    (MIXTRAL, {"num_experts_per_tok": 9}, "experts_per_token must be from 1 to the number of experts; got 9 of 8"),
+    (MIXTRAL, {"num_local_experts": 0}, "num_local_experts as a positive integer, got 0"),
+    (MIXTRAL, {"num_experts": 4, "num_local_experts": 8}, "num_experts = 4 and num_local_experts = 8 differ"),
+    (MIXTRAL, {"layer_types": ["sliding_attention"] * 4}, "layer_types has sliding_attention"),
+    (MIXTRAL, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
+    ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
+    ("OlmoeForCausalLM", {"attention_bias": True}, "attention_bias"),
+    ("OlmoeForCausalLM", {"sliding_window": 64}, "sliding_window = 64 is not supported"),
+    (QWEN_3_MOE, {"mlp_only_layers": [2]}, r"mlp_only_layers = \[2\] is not supported; a model without it is needed"),
+    (QWEN_3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+    (QWEN_3_MOE, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+    (QWEN_3_MOE, {"attention_bias": True}, "attention_bias = True is not supported"),
+    (QWEN_3_MOE, {"norm_topk_prob": "yes"}, "norm_topk_prob"),
+    (QWEN_3_MOE, {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64 is not supported"),
+    (QWEN_3_MOE, {"moe_intermediate_size": None}, "moe_intermediate_size as a positive integer, got None"),
+    (QWEN_3_MOE, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+    ("Qwen2MoeForCausalLM", {}, "'Qwen2MoeForCausalLM' is not supported"),
     ("GraniteMoeForCausalLM", {}, "'GraniteMoeForCausalLM' is not supported"),
-    ("Qwen3MoeForCausalLM", {}, "'Qwen3MoeForCausalLM' is not supported"),
 ])
 def test_what_a_family_does_not_compute_is_refused_by_name(architecture, change, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -226,6 +246,9 @@ def test_what_a_family_does_not_compute_is_refused_by_name(architecture, change,
     ({"family": "gpt"}, "unknown family 'gpt': known are llama, "),
     ({"logit_cap": 3.0}, "family 'llama' have no logit_cap"),
     ({"local": (True, False), "sliding_window": 3}, "family 'llama' have no local"),
+    ({"experts": 4}, "family 'llama' have no experts"),
+    ({"family": "olmoe"}, "experts_per_token must be from 1 to the number of experts; got 0 of 0"),
+    ({"family": "olmoe", "experts": 4, "experts_per_token": 5}, "got 5 of 4"),
     ({"family": "gemma2", "local": (True,)}, "an entry for each of the 2 blocks"),
     ({"family": "gemma2", "local": (True, False)}, "a sliding_window where one is true"),
 ])
@@ -363,14 +386,14 @@ def test_gradients_are_finite_and_every_layer_has_some(config):
     gradient = jax.grad(loss)(params)
     assert all(bool(jnp.isfinite(leaf).all()) and bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradient))
     found = calibration.output_fisher(config, params, tokens, jax.random.key(0), range(2))
-    assert len(found) == 4 * len(llama.LINEARS)
+    assert len(found) == config.layers * len(llama.linears(config))
     assert all(np.isfinite(of.rows).all() and of.rows.max() > 0 and of.trace > 0 for of in found.values())
 
 
 E8P = CalderaConfig(rank=3, outer_iterations=1, inner_iterations=1)
 
 
-@pytest.fixture(scope="module", params=["gemma3", "phi3"])
+@pytest.fixture(scope="module", params=["gemma3", "phi3", "olmoe"])
 def source(request, tmp_path_factory):
     """Directory of a dense model of one shape for all layers, with its text beside it."""
     config = FAMILIES[request.param]

@@ -94,7 +94,8 @@ def test_with_a_cap_one_massive_token_leaves_the_others_about_as_well_kept_as_wi
 def test_a_sum_that_plain_float32_loses_is_kept(merge):
     """2^24 + 1 = 2^24 in float32: two thousand single tokens after a large batch would vanish."""
     total = hessian.Moments(jnp.full((1, 1), 2.0**24, jnp.float32), jnp.zeros((1, 1), jnp.float32),
-                            jnp.zeros((), jnp.int32), *jnp.zeros((3, 1), jnp.float32)[:, 0])
+                            jnp.zeros((), jnp.int32), *jnp.zeros((3, 1), jnp.float32)[:, 0],
+                            jnp.zeros((), jnp.int32))
     one = _moments(np.ones((1, 1)), np.float32)
     plain = total.sum
     for _ in range(200):
@@ -108,7 +109,7 @@ def test_a_random_float32_sum_is_exact_to_one_rounding():
 
     def add(total, gram):
         one = hessian.Moments(gram[None, None], jnp.zeros((1, 1), jnp.float32), jnp.int32(1),
-                              *jnp.zeros((3, 1), jnp.float32)[:, 0])
+                              *jnp.zeros((3, 1), jnp.float32)[:, 0], jnp.int32(1))
         return hessian.merge(total, one), None
 
     total = jax.jit(lambda g: jax.lax.scan(add, hessian.zero(1), g)[0])(jnp.asarray(grams))

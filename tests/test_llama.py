@@ -55,7 +55,7 @@ def changed(config, tokens, place):
 
 
 def oracle(config, params, tokens):
-    """Logits of one sequence in float64, one position and head at a time; rotary pairs as complex numbers."""
+    """Logits of one sequence in float64, one position, head and expert at a time; rotary pairs as complex numbers."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     gemma, half = "gemma" in config.family, config.head_dim // 2
     norm = lambda x, gain: x / np.sqrt((x * x).mean() + config.norm_eps) * (1 + gain if gemma else gain)
@@ -68,16 +68,28 @@ def oracle(config, params, tokens):
         z = (row[:half] + 1j * row[half:]) * np.exp(1j * position * frequency)
         return np.concatenate([z.real, z.imag])
 
+    def mlp(p, z, of):
+        gate = z @ p[f"gate{of}"].T
+        gate = gate * ((1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 if gemma else
+                       1 / (1 + np.exp(-gate)))
+        return (gate * (z @ p[f"up{of}"].T)) @ p[f"down{of}"].T
+
+    def routed(p, z):
+        shares = np.exp(p["router"] @ z)
+        chosen = np.argsort(-shares)[:config.experts_per_token]
+        total = shares[chosen].sum() if config.renormalised else shares.sum()
+        return sum(shares[e] / total * mlp(p, z, f"_{e}") for e in chosen)
+
     for p, local in zip(params["blocks"], config.local or [True] * config.layers, strict=True):
         rope = (config.local_theta, None) if local and config.local_theta else (config.rope_theta, config.rope_scaling)
         of = partial(turn, frequency=llama.rope_frequencies(config.head_dim, *rope))
         window = config.sliding_window if local else None
         h = normed(x, p.get("attn_norm"))
         q, k, v = (h @ p[n].T + p.get(f"{n}_bias", 0.0) for n in "qkv")
-        if config.family == "olmo2":
+        if config.family in ("olmo2", "olmoe"):
             q, k = normed(q, p["q_norm"]), normed(k, p["k_norm"])
         q, k, v = (y.reshape(len(x), -1, config.head_dim) for y in (q, k, v))
-        if config.family in ("qwen3", "gemma3"):
+        if config.family in ("qwen3", "gemma3", "qwen3_moe"):
             q, k = normed(q, p["q_norm"]), normed(k, p["k_norm"])
         mixed = np.zeros(q.shape)
         for i in range(len(x)):
@@ -89,10 +101,8 @@ def oracle(config, params, tokens):
                 mixed[i, head] = weights @ v[first : i + 1, group] / weights.sum()
         x = x + normed(mixed.reshape(len(x), -1) @ p["o"].T, p.get("attn_post_norm")) * config.residual_scale
         z = normed(x, p.get("ffn_norm"))
-        gate = z @ p["gate"].T
-        gate = gate * ((1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 if gemma else
-                       1 / (1 + np.exp(-gate)))
-        x = x + normed((gate * (z @ p["up"].T)) @ p["down"].T, p.get("ffn_post_norm")) * config.residual_scale
+        y = np.array([routed(p, row) for row in z]) if config.experts else mlp(p, z, "")
+        x = x + normed(y, p.get("ffn_post_norm")) * config.residual_scale
     logits = normed(x, params["norm"]) @ params.get("head", params["embed"]).T
     return cap(logits / config.logit_divisor, config.logit_cap)
 
@@ -307,7 +317,8 @@ def test_init_has_the_shapes_that_the_configuration_tells(config):
     params = jax.eval_shape(partial(llama.init, config=config), jax.random.key(0))
     assert ("head" in params) != config.tied and len(params["blocks"]) == config.layers
     for block_params in params["blocks"]:
-        assert {n: block_params[n].shape for n in llama.LINEARS} == llama.shapes(config)
+        assert {n: block_params[n].shape for n in llama.linears(config)} == llama.shapes(config)
+        assert {n: p.shape for n, p in block_params.items()} == llama.block_shapes(config)
         assert {n: p.shape for n, p in block_params.items() if p.ndim == 1} == llama.vector_shapes(config)
 
 

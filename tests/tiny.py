@@ -23,6 +23,11 @@ FAMILIES = {  # beyond Llama's: every number that one has is not what others com
     "olmo2": dataclasses.replace(_BASE, family="olmo2"),
     "granite": dataclasses.replace(_BASE, family="granite", attention_scale=0.2, embed_scale=3.0, residual_scale=0.4,
                                    logit_divisor=1.7),
+    "mixtral": dataclasses.replace(_BASE, family="mixtral", layers=2, dim=44, sliding_window=9, experts=4,
+                                   experts_per_token=2, renormalised=True),
+    "olmoe": dataclasses.replace(_BASE, family="olmoe", layers=2, dim=60, experts=5, experts_per_token=2),
+    "qwen3_moe": dataclasses.replace(_BASE, family="qwen3_moe", layers=2, dim=44, experts=4, experts_per_token=3,
+                                     renormalised=True),
 }
 WORDS = "the lattice code of each layer rounds its weights and feeds the error back into columns yet to come".split()
 

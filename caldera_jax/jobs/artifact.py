@@ -4,7 +4,8 @@
 configuration, the configuration of the run, shape and grids of every compressed layer, and the SHA-256 of every file
 and of itself (``digest``).
 Names in a block's file: ``q.left_t.codes`` is field ``left_t.codes`` of the CompressedLinear of layer q; layers that
-stayed dense, and gains, have their own name alone.  ``rest.safetensors`` has ``embed`` [vocabulary, width], ``norm``
+stayed dense, gains and biases have their own name alone.  Of a model with experts ``up_5.q.codes`` is of the up of
+expert 5, and ``router`` [experts, width] is dense.  ``rest.safetensors`` has ``embed`` [vocabulary, width], ``norm``
 [width] and, unless the model is tied, ``head``, in the type that the base model had, as all that is dense.
 
 **The arrays of a layer** W [m, n] ≈ Uᵀ (Q + L R) V.  A part that is off (Q, or L and R) has none.
@@ -397,7 +398,7 @@ def load(directory: str | Path) -> Model:
             raise ValueError(f"{directory / name}: missing, or its SHA-256 differs from the manifest's: the file was "
                              "damaged or replaced; restore it or compress the model again")
     config = _config(manifest["model_config"], f"{directory / MANIFEST}: model_config")
-    known = {f"blocks.{i}.{name}" for i in range(config.layers) for name in llama.LINEARS}
+    known = {f"blocks.{i}.{name}" for i in range(config.layers) for name in llama.linears(config)}
     if extra := manifest["layers"].keys() - known:
         raise ValueError(f"{directory / MANIFEST}: layers has {min(extra)}, which the model has not: restore it or "
                          "compress the model again")
@@ -429,7 +430,7 @@ def _same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def _block(path: Path, layers: dict[str, Any], index: int, config: LlamaConfig) -> Block:
     """The block in this file, each weight read when it is asked for."""
-    wanted = llama.shapes(config) | llama.vector_shapes(config)
+    wanted = llama.block_shapes(config)
     try:
         with safe_open(path, "np") as file:
             names = dict.fromkeys(key.split(".", 1)[0] for key in file.keys())  # noqa: SIM118

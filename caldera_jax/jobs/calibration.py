@@ -70,10 +70,12 @@ def _parts(shard, batch):
 
 def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4,
                     advance: bool = True, cap: float = math.inf) -> dict[str, Moments]:
-    """The Moments of a block's four inputs over all windows, by the names of ``llama.INPUT_OF``; on every process.
+    """The Moments of a block's inputs over all windows, by the names of ``llama.input_of``; on every process.
 
-    Layers with the same input share them: q, k, v and gate, up.  ``advance``: take the streams through the block, in
-    place.  O(tokens n²) an input beside the forward pass; memory of log₂ SHARDS + 1 = 4 Moments an input.
+    Layers with the same input share them: q, k, v and gate, up.  An expert's are over all tokens, too: H is the second
+    moment of those routed to it times their share, as its Fisher information is.
+    ``advance``: take the streams through the block, in place.  O(tokens n²) an input beside the forward pass; memory of
+    log₂ SHARDS + 1 = 4 Moments an input, of all experts at once.
     """
     block = dict(block)
 
@@ -146,10 +148,10 @@ class Inputs:
 
 def of_block(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"],
              index: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(W [m, n], H [n, n]) of every linear layer of one block, by the names of ``llama.LINEARS``: layers to study."""
+    """(W [m, n], H [n, n]) of every linear layer of one block, by name: layers to study."""
     moments = Inputs(config, params, tokens).moments(index)
-    return {name: (np.asarray(params["blocks"][index][name]), np.asarray(moments[llama.INPUT_OF[name]].mean()))
-            for name in llama.LINEARS}
+    return {name: (np.asarray(params["blocks"][index][name]), np.asarray(moments[llama.input_of(name)].mean()))
+            for name in llama.linears(config)}
 
 
 def gradients(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], key: Key[Array, ""],
@@ -194,7 +196,7 @@ def output_fisher(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "
             for name, square in squares.items():
                 path, (m, _) = f"blocks.{index}.{name}", square.shape
                 before = total.get(path, OutputFisher(np.zeros(m), 0.0))
-                own = np.asarray(jnp.sum(square, axis=1), np.float64), float(inputs[llama.INPUT_OF[name]])
+                own = np.asarray(jnp.sum(square, axis=1), np.float64), float(inputs[llama.input_of(name)])
                 total[path] = OutputFisher(*(a + b / tokens.size for a, b in zip(before, own, strict=True)))
     return total
 
@@ -205,24 +207,24 @@ def _squares(config, params, tokens, key, windows, blocks):
     split = lambda streams: np.split(streams, len(windows))
     entering = [_streams(config, params, tokens[windows])]
     for index in range(config.layers):
-        placed = jax.device_put(_dense(params, index))
+        placed = jax.device_put(_dense(config, params, index))
         entering.append(np.concatenate([forward(config.at(index), placed, x) for x in split(entering[-1])]))
     last = jax.device_put(weights.last(params))
     pulled = np.concatenate([_pull_head(config, last, x, jax.random.fold_in(key, i))
                              for i, x in zip(windows, split(entering.pop()), strict=True)])
     for index in reversed(range(config.layers)):
-        placed = jax.device_put(_dense(params, index))
+        placed = jax.device_put(_dense(config, params, index))
         squares = {name: jnp.zeros(shape, pulled.dtype) for name, shape in llama.shapes(config).items()}
-        inputs = {name: jnp.zeros((), pulled.dtype) for name in llama.INPUT_OF.values()}
+        inputs = {name: jnp.zeros((), pulled.dtype) for name in llama.input_sizes(config)}
         for i, x in enumerate(split(entering.pop())):
             pulled[i:i + 1], squares, inputs = _pull(config.at(index), placed, x, pulled[i:i + 1], squares, inputs)
         if blocks is None or index < blocks:
             yield index, squares, inputs
 
 
-def _dense(params, index):
+def _dense(config, params, index):
     block = dict(params["blocks"][index])
-    for name in llama.LINEARS:
+    for name in llama.linears(config):
         if not isinstance(block[name], np.ndarray | Array):
             raise ValueError(f"blocks.{index}.{name} is compressed, and gradients are those of dense weights: pass the "
                              "dense model")
@@ -240,9 +242,9 @@ def load_moments(path: Path) -> dict[str, Moments]:
     arrays = files.read_arrays(path)
     names = sorted({key.rsplit(".", 1)[0] for key in arrays})
     first = {f"{name}.{field}": value for name in names for field, value in (
-        ("peak", np.float32(0)), ("ordinary", np.float32(0)),
+        ("peak", np.float32(0)), ("ordinary", np.float32(0)), ("seen", arrays.get(f"{name}.count", np.int32(0))),
         ("energy", np.trace(arrays.get(f"{name}.sum", np.zeros((1, 1), np.float32)))))}
-    arrays = first | arrays  # the first ones had none of these, and no cap
+    arrays = first | arrays  # the first ones had none of these, no cap and no experts
     if missing := {f"{name}.{field}" for name in names for field in Moments._fields} - arrays.keys():
         raise ValueError(f"{path}: no Moments: it lacks {min(missing)}: remove the file, to calibrate again")
     return {name: Moments(*(jnp.asarray(arrays[f"{name}.{field}"]) for field in Moments._fields)) for name in names}
@@ -264,13 +266,13 @@ def spill(directory: Path, index: int, moments: dict[str, Moments]) -> None:
 def released(directory: Path, config: LlamaConfig, index: int, name: str) -> Float[np.ndarray, "n n"]:
     """The Hessian of one input as the authors of QuIP# and CALDERA released it.
 
-    Files ``0_qkv.pt``, ``0_o.pt``, ``0_up.pt``, ``0_down.pt``, ``1_qkv.pt``, …; see ``read_hessian``.
+    Files ``0_qkv.pt``, ``0_o.pt``, ``0_up.pt``, ``0_down.pt``, ``1_qkv.pt``, …, of expert 5 ``0_up_5.pt``; see
+    ``read_hessian``.
     """
-    sizes = {llama.INPUT_OF[layer]: n for layer, (_, n) in llama.shapes(config).items()}
-    h = read_hessian(path := directory / f"{index}_{name}.pt")
-    if len(h) != sizes[name]:
-        raise ValueError(f"{path}: the Hessian is of {len(h)} inputs, and this model's layer has {sizes[name]}: these "
-                         "files belong to another model")
+    h, n = read_hessian(path := directory / f"{index}_{name}.pt"), llama.input_sizes(config)[name]
+    if len(h) != n:
+        raise ValueError(f"{path}: the Hessian is of {len(h)} inputs, and this model's layer has {n}: these files "
+                         "belong to another model")
     return h
 
 
@@ -315,7 +317,7 @@ def _pull_head(config, last, x, key):
 def _pull(config, block, x, pulled, squares, inputs):
     """The gradient one block earlier, and the squared gradients of the block's linear weights added to ``squares``, the
     squares of their inputs to ``inputs``."""
-    linears = {name: block[name].astype(x.dtype) for name in llama.LINEARS}
+    linears = {name: block[name].astype(x.dtype) for name in llama.linears(config)}
     through = lambda linears, x: llama.block(config, block | linears, x, jnp.arange(x.shape[1]))
     _, vjp, seen = jax.vjp(through, linears, x, has_aux=True)
     of_linears, pulled = vjp(pulled)
@@ -331,8 +333,7 @@ def _observe(config: LlamaConfig, block: Params, x: Array, moments: dict[str, Mo
 
 
 def _zero(config):
-    sizes = {llama.INPUT_OF[name]: n for name, (_, n) in llama.shapes(config).items()}
-    return {name: hessian.zero(n) for name, n in sizes.items()}
+    return {name: hessian.zero(n) for name, n in llama.input_sizes(config).items()}
 
 
 @jax.jit

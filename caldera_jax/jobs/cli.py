@@ -178,6 +178,7 @@ def table(r: dict[str, Any]) -> str:
              *(budget_lines(r) if "allocation" in r else level_lines(r) if "level" in r else []),
              f"  layer error       mean {r['mean_layer_error']:.4f}   max {r['max_layer_error']:.4f}",
              *massive_lines(r),
+             *few_lines(r),
              "  stage                 seconds  of it compiling  peak memory"]
     lines += [f"    {name:20s} {stage['seconds']:8.1f} {stage['compile_seconds']:16.1f} "
               f"{stage['peak_memory_bytes'] / 1e9:9.2f} GB" for name, stage in r["stages"].items()]
@@ -192,6 +193,17 @@ def massive_lines(r: dict[str, Any]) -> list[str]:
     more = f" ({len(found)} layers have such tokens)" if len(found) > 1 else ""
     return [f"  massive token     {path}: {found[path]:.3g} times the median squared norm, counted "
             f"{f'as {cap:g} times' if cap else 'whole'}{more}" for path in largest[:1]]
+
+
+def few_lines(r: dict[str, Any]) -> list[str]:
+    """The expert that the calibration has asked least, if H of its inputs cannot have full rank."""
+    found = [row for row in r["layers"] if row.get("tokens", math.inf) < row["shape"][1]]
+    least = min(found, key=lambda row: row["tokens"] / row["shape"][1], default=None)
+    if least is None:
+        return []
+    experts = len({(row["path"].split(".")[1], row["path"].split("_")[1]) for row in found})
+    return [f"  few tokens        {least['path']}: {least['tokens']} tokens for {least['shape'][1]} inputs ({experts} "
+            f"expert{'s have' if experts > 1 else ' has'} fewer than inputs): give more --calibration-windows"]
 
 
 def level_lines(r: dict[str, Any]) -> list[str]:

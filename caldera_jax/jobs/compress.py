@@ -24,7 +24,7 @@ from caldera_jax.jobs import artifact, calibration, evaluate, level, plan, repor
 from caldera_jax.jobs.artifact import fingerprint
 from caldera_jax.jobs.run import Run, moments_hash
 from caldera_jax.jobs.settings import RunConfig, budget, count, revived, weights
-from caldera_jax.jobs.work import Work, paths, record
+from caldera_jax.jobs.work import Work, record
 from caldera_jax.linear import compress_matrix
 from caldera_jax.models import convert, data, files, llama
 from caldera_jax.models.convert import Model
@@ -103,24 +103,24 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
             else:
                 with clock.stage("compress"):
                     job.each([index], bar, partial(_layer, job, of_layers))
-                    run.wait(paths([index]))
+                    run.wait(job.paths([index]))
             _drop(job, kept, index)
             run.remember("clock", clock.stages)
             run.remember(f"block.{index}", "done")
-        blocks[index] = run.block(index, blocks[index])
+        blocks[index] = run.block(model.config, index, blocks[index])
     bar.close()
-    return paths(range(chosen))
+    return job.paths(range(chosen))
 
 
-def calibrated(folder: Path, blocks: Iterable[int]) -> bool:
+def calibrated(folder: Path, config: llama.LlamaConfig, blocks: Iterable[int]) -> bool:
     """Whether the Moments of these blocks are all there, and none was cut off since."""
-    names = sorted(set(llama.INPUT_OF.values()))
+    names = sorted(llama.input_sizes(config))
     return all(files.whole(calibration.spilled(folder, index, name)) for index in blocks for name in names)
 
 
 def _calibrate(inputs: calibration.Inputs, job: Work, index: int) -> None:
     """The Moments of a block into the job's folder, unless they are there."""
-    if job.config.hessians is None and not spread.first(calibrated(job.folder, [index])):
+    if job.config.hessians is None and not spread.first(calibrated(job.folder, job.model.config, [index])):
         with job.clock.stage("calibrate"):
             calibration.spill(job.folder, index, inputs.moments(index))
             spread.barrier()
@@ -130,13 +130,13 @@ def _drop(job: Work, kept: Path | None, index: int) -> None:
     """Remove the Moments of a block, unless they are to be kept."""
     spread.barrier()
     if kept is None and spread.rank() == 0:
-        for name in set(llama.INPUT_OF.values()):
+        for name in llama.input_sizes(job.model.config):
             calibration.spilled(job.folder, index, name).unlink(missing_ok=True)
 
 
 def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:
     """Compress one layer at a fixed rate, as the plan says, and write it, unless it is finished."""
-    path, config, run = f"blocks.{index}.{llama.LINEARS[i]}", job.config, job.run
+    path, config, run = job.path(index, i), job.config, job.run
     if run.layer(path) is not None:
         return
     chosen = of_layers.get(path)
@@ -229,12 +229,13 @@ def memory_need(config: llama.LlamaConfig, calibrated: tuple[int, int], evaluate
     their squares and a backward pass of a window, and the streams of CHUNK tokens that enter every block; the logits
     of a window.  Together: the residual streams.
     """
-    inputs = [llama.shapes(config)[name][1] for name in llama.INPUT_OF]
+    inputs = llama.input_sizes(config).values()
     block, window, width = llama.block_weights(config), max(calibrated[1], evaluated[1]), config.ffn_dim + config.dim
+    width = width * max(5, 3 * config.experts) // 5  # XLA holds what most experts see, by its own account on a CPU
     batch = max(window, min(4 * window, calibration.BATCH))
     scores = lambda tokens: min(tokens * window * config.heads, llama.NUMBERS)
     layer = 3 * block + 16 * max(inputs)**2
-    forward = block + 8 * sum(n**2 for n in set(inputs)) + 2 * scores(batch) + 4 * batch * width
+    forward = block + 8 * sum(n**2 for n in inputs) + 2 * scores(batch) + 4 * batch * width
     backward = (5 * block + config.layers * max(calibration.CHUNK, window) * config.dim + 3 * scores(window)
                 + 6 * window * width)
     logits = 4 * min(window * config.vocab, llama.NUMBERS)

@@ -130,17 +130,17 @@ def layers(directory: Path, moments: Path | None = None
     """
     rows = {row["path"]: row for row in report_of(directory)["layers"]}
     run, config, model, compressed = opened(directory)
-    chosen = model.config.layers if config.blocks is None else config.blocks
-    if rows.keys() != {f"blocks.{i}.{name}" for i in range(chosen) for name in llama.LINEARS}:
+    chosen, names = model.config.layers if config.blocks is None else config.blocks, llama.linears(model.config)
+    if rows.keys() != {f"blocks.{i}.{name}" for i in range(chosen) for name in names}:
         raise ValueError(f"{directory}: its layers are not those of the blocks that the run compressed: compress again")
     blocks = model.params["blocks"]
-    with tqdm(total=chosen * len(llama.LINEARS), desc="theory", unit="layer") as progress:
+    with tqdm(total=chosen * len(names), desc="theory", unit="layer") as progress:
         for index, of_input in enumerate(_hessians(config, run, model, chosen, moments)):
-            for name in llama.LINEARS:
+            for name in names:
                 path = f"blocks.{index}.{name}"
                 progress.set_postfix_str(path)
                 w, layer = np.asarray(blocks[index][name], np.float64), compressed.params["blocks"][index][name]
-                yield path, layer, w, of_input(llama.INPUT_OF[name]), rows[path]
+                yield path, layer, w, of_input(llama.input_of(name)), rows[path]
                 progress.update()
             blocks[index] = compressed.params["blocks"][index]  # later blocks may be calibrated behind it
 
@@ -179,7 +179,7 @@ def _hessians(config: RunConfig, run: dict[str, Any], model: Model, chosen: int,
         for index in range(chosen):
             yield lambda name, index=index: wide(
                 calibration.released(Path(released), model.config, index, name))
-    elif kept is not None and calibrated(folder := kept / moments_hash(run), range(chosen)):
+    elif kept is not None and calibrated(folder := kept / moments_hash(run), model.config, range(chosen)):
         for index in range(chosen):
             yield lambda name, index=index: wide(
                 calibration.load_moments(calibration.spilled(folder, index, name))[name].mean())

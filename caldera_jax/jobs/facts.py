@@ -14,7 +14,7 @@ from caldera_jax import incoherence, kernels, levels
 from caldera_jax.jobs import evaluate, explain
 from caldera_jax.levels import Levelled
 from caldera_jax.linear import CompressedLinear, size
-from caldera_jax.models import data, files
+from caldera_jax.models import data, files, llama
 
 PARTS = ("codes of Q", "codes of L", "codes of R", "scales", "rotation", "trained factors")
 WINDOWS = 8  # of text that are read
@@ -25,7 +25,7 @@ class LayerFacts(NamedTuple):
 
     path: str
     block: int
-    kind: str
+    kind: str  # of ``llama.LINEARS``
     weights: int
     rank: int
     bits: dict[str, int]  # by part; their sum is stored_bits
@@ -34,6 +34,11 @@ class LayerFacts(NamedTuple):
     diagonal: Float[np.ndarray, " n"]  # Hⱼⱼ over its median
     taken: Float[np.ndarray, " n"]  # ‖L R eⱼ‖² / ‖W eⱼ‖²; NaN where W eⱼ = 0
     spectra: dict[str, np.ndarray]  # singular values over ‖W H^½‖_F by what they are of; empty but for the examples
+
+    @property
+    def name(self) -> str:
+        """Within the block: its kind and, of an expert, the number."""
+        return self.path.split(".")[2]
 
     @property
     def error(self) -> float:
@@ -77,8 +82,8 @@ def of_layer(path: str, layer: CompressedLinear, w: Float[np.ndarray, "m n"], h:
         root, norm = vectors * np.sqrt(np.clip(values, 0, None)), math.sqrt(energy.sum())
         singular = {name: np.linalg.svd(a @ root, compute_uv=False) / norm
                     for name, a in (("W", w), ("Q", q), ("L R", low_rank), ("E", e)) if a.any()}
-    _, block, kind = path.split(".")
-    return LayerFacts(path, int(block), kind, w.size, layer.rank, bits_of(layer), along(e), energy,
+    _, block, name = path.split(".")
+    return LayerFacts(path, int(block), llama.kind_of(name), w.size, layer.rank, bits_of(layer), along(e), energy,
                       diagonal / (np.median(active) if len(active) else 1.0), taken, singular)
 
 

@@ -171,7 +171,7 @@ def _write(run: Run, model: Model, learner: Student, state: State) -> None:
                 run.keep_layer(paths[-1], layer, {"bits": layer.stored_bits,
                                                   "bits_per_weight": layer.stored_bits / math.prod(layer.shape)})
         if any(path.startswith(f"blocks.{index}.") for path in paths):
-            model.params["blocks"][index] = run.block(index, model.params["blocks"][index])
+            model.params["blocks"][index] = run.block(model.config, index, model.params["blocks"][index])
     if "classifier" in best:
         model.params["classifier"] = np.asarray(best["classifier"])
     run.write(model, paths)

@@ -25,7 +25,7 @@ from caldera_jax import linear
 from caldera_jax.jobs import artifact, report
 from caldera_jax.models import convert, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
-from caldera_jax.models.llama import LINEARS, LlamaConfig, Params
+from caldera_jax.models.llama import LlamaConfig, Params
 
 # What the special token at the end of a text or of a turn is called in the families that ``llama`` computes: a model
 # may have several, and its files do not always name all of them.
@@ -301,7 +301,7 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
     for row, text in enumerate(texts):
         tell(row, text.rest())
     slots = 2 * config.layers * len(ids) * _capacity(config, list(map(len, ids)), sampling)
-    layers = [block[name] for block in params["blocks"] for name in LINEARS]
+    layers = [block[name] for block in params["blocks"] for name in llama.linears(config)]
     return Result(
         said, tokens, sum(map(len, ids)), sum(leaf.nbytes for leaf in jax.tree.leaves(layers)),
         artifact.model_bytes(params), 4 * slots * config.kv_heads * config.head_dim, start,

@@ -20,7 +20,7 @@ from caldera_jax.jobs import calibration, spread
 from caldera_jax.jobs.calibration import OutputFisher
 from caldera_jax.jobs.run import Run
 from caldera_jax.jobs.settings import budget, count, weights
-from caldera_jax.jobs.work import Given, Work, paths, record
+from caldera_jax.jobs.work import Given, Work, record
 from caldera_jax.levels import Curve, LevelConfig
 from caldera_jax.linear import at_level
 from caldera_jax.models import data, files, llama
@@ -40,7 +40,7 @@ def output_fisher(model: Model, tokens: Int[np.ndarray, "w s"], seed: int, run: 
 
     Raises ValueError (naming the layer) where gradients overflow.
     """
-    key = jax.random.fold_in(jax.random.key(seed), model.config.layers * len(llama.LINEARS))  # no layer's
+    key = jax.random.fold_in(jax.random.key(seed), model.config.layers * len(llama.linears(model.config)))  # no layer's
     edges = [len(tokens) * i // spread.SHARDS for i in range(spread.SHARDS + 1)]
     paths = [folder / f"fisher_{seed}_{files.sha256(tokens)[:12]}_{i}.safetensors" for i in range(spread.SHARDS)]
     devices = jax.local_device_count()
@@ -70,11 +70,20 @@ def output_fisher(model: Model, tokens: Int[np.ndarray, "w s"], seed: int, run: 
 
 
 def importance(job: Work, tokens: Int[np.ndarray, "w s"], folder: Path) -> Outputs:
-    """g of every layer's outputs; what it is found from is kept in the folder."""
+    """g of every layer's outputs; what it is found from is kept in the folder.
+
+    An expert that none of these windows asks has the mean of the block's others: to others it may matter.
+    """
     own, texts = job.config.importance, len(data.named(job.config.calibration.text))
     with job.clock.stage("gradients"):
         found = output_fisher(job.model, own.of(tokens, texts), job.config.seed, job.run, folder)
-    return {path: objective.importance(of.importance(), own.floor, own.shrinkage) for path, of in found.items()}
+    asked: dict[str, list[np.ndarray]] = {}
+    for path, of in sorted(found.items()):
+        if of.trace > 0:
+            asked.setdefault(llama.kind_of(path), []).append(of.importance())
+    raw = {path: of.importance() if of.trace > 0 else np.mean(asked.get(llama.kind_of(path), [of.rows]), axis=0)
+           for path, of in found.items()}
+    return {path: objective.importance(g, own.floor, own.shrinkage) for path, g in raw.items()}
 
 
 def curves(job: Work, g: Outputs, calibrate: Callable[[int], None], drop: Callable[[int], None]) -> dict[str, Curve]:
@@ -87,7 +96,7 @@ def curves(job: Work, g: Outputs, calibrate: Callable[[int], None], drop: Callab
     size, number = llama.block_weights(job.model.config), count(job.config, job.model.config)
     bar = job.bar("measure", range(number), leave=False)
     for index in range(number):
-        own = paths([index])
+        own = job.paths([index])
         if not spread.first(all(job.run.recall(f"{path}.curve") is not None for path in own)):
             calibrate(index)
             with job.clock.stage("measure"):
@@ -110,7 +119,7 @@ def _measure(job: Work, g: Outputs, c: float | None, name: str, index: int, i: i
     64 rows of a layer stand for all: the classes of widths of all rows are counted, and only how many bits the integers
     of a class take is theirs.
     """
-    path, config = f"blocks.{index}.{llama.LINEARS[i]}", job.config
+    path, config = job.path(index, i), job.config
     if job.run.recall(f"{path}.{name}") is not None:
         return
     given, of_outputs = _given(job, g, index, i)
@@ -146,7 +155,10 @@ def corrected(config: LevelConfig, known: Mapping[str, Curve],
               done: Mapping[str, tuple[float, int]]) -> dict[str, Curve]:
     """The curves as they would have predicted what was found."""
     def right(curve, c, bits):
-        ratio = (bits - curve.side) / max(curve.bits(c, config) - curve.side, 1)
+        predicted = curve.bits(c, config) - curve.side
+        if predicted < 1:  # of an expert that the few windows did not ask: no ratio mends it
+            return curve._replace(side=bits)
+        ratio = (bits - curve.side) / predicted
         return curve._replace(counts=[ratio * count for count in curve.counts])
 
     return {path: right(curve, *done[path]) if path in done else curve for path, curve in known.items()}
@@ -156,7 +168,7 @@ def compress(job: Work, index: int, bar: tqdm, g: Outputs, known: Mapping[str, C
     """Compress a block at the level given, or at the one that meets the budget as the curves predict it; the last of
     all again, at another, where all together do not."""
     config, model, run, clock, _ = job
-    name, own, before = f"level.{index}", paths([index]), paths(range(index))
+    name, own, before = f"level.{index}", job.paths([index]), job.paths(range(index))
     done = {path: (row["level"], row["bits"]) for path in before for row in [run.recall(path)]}
     whole = budget(config, model.config) if config.bits else math.inf
     left = llama.block_weights(model.config) * (count(config, model.config) - index)
@@ -184,7 +196,7 @@ def compress(job: Work, index: int, bar: tqdm, g: Outputs, known: Mapping[str, C
 
 def _layer(job: Work, g: Outputs, c: float, turn: str, index: int, i: int) -> None:
     """Compress one layer at level c, and write it, unless it is finished there."""
-    path, run = f"blocks.{index}.{llama.LINEARS[i]}", job.run
+    path, run = job.path(index, i), job.run
     if (row := run.recall(path)) is None or row["level"] != c or run.layer(path) is None:
         with job.clock.part() as part:
             given, of_outputs = _given(job, g, index, i)
@@ -206,7 +218,7 @@ def _given(job: Work, g: Outputs, index: int, i: int) -> tuple[Given, Float[np.n
     its layer pay more than H and g say.
     """
     given = job.given(index, i)
-    return given, g[f"blocks.{index}.{llama.LINEARS[i]}"] * given.lift
+    return given, g[job.path(index, i)] * given.lift
 
 
 @jax.jit

@@ -125,7 +125,7 @@ def _planned(layers: Sequence[LayerFacts], report: dict[str, Any]) -> str:
     rule = report["allocation"]
     said = (f"Rank and bits of Q were chosen for a budget of {report['budget_bits_per_weight']:.4f} bits a weight, by "
             f"{rule}: damage predicted {report['predicted_loss']:.5f}, achieved {report['loss']:.5f} ({UNITS[rule]}, "
-            "summed over the layers). In each cell of the map: the rank of L R.")
+            "summed over the layers). In each cell of the map: the rank of L R, of experts from the least to the most.")
     values = [sum(f.bits.values()) / f.weights for f in layers]
     return paragraph(said) + heat(layers, values, "bits a weight", "Bits a weight of each layer",
                                   [str(f.rank) for f in layers], low=min(values))
@@ -133,21 +133,23 @@ def _planned(layers: Sequence[LayerFacts], report: dict[str, Any]) -> str:
 
 def heat(layers: Sequence[LayerFacts], values: Sequence[float], title: str, alt: str,
          cells: Sequence[str] | None = None, low: float = 0.0) -> str:
-    """A map of kinds by blocks, coloured from ``low`` on; ``cells``: what is written in each (None: the values)."""
-    blocks = sorted({f.block for f in layers})
-    cells = [f"{value:.1f}" for value in values] if cells is None else cells
+    """A map of kinds by blocks, coloured from ``low`` on; ``cells``: numbers that are written in each (None: the
+    values).  Of experts the mean value, and the least and the largest number."""
+    blocks, places = sorted({f.block for f in layers}), {}
+    for i, f in enumerate(layers):
+        places.setdefault((llama.LINEARS.index(f.kind), blocks.index(f.block)), []).append(i)
 
     def draw(axes):
         grid = np.full((len(llama.LINEARS), len(blocks)), np.nan)
-        places = [(llama.LINEARS.index(f.kind), blocks.index(f.block)) for f in layers]
-        for place, value in zip(places, values, strict=True):
-            grid[place] = value
+        for place, group in places.items():
+            grid[place] = np.mean([values[i] for i in group])
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low)
         axes.set(xlabel="block", yticks=range(len(llama.LINEARS)), yticklabels=llama.LINEARS, title=title)
         axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
         axes.grid(visible=False)
-        for (i, j), cell in zip(places, cells, strict=True):
-            axes.text(j, i, cell, ha="center", va="center", fontsize=7.5,
+        for (i, j), group in places.items():
+            told = [f"{grid[i, j]:.1f}"] if cells is None else sorted((cells[k] for k in group), key=float)
+            axes.text(j, i, "–".join(dict.fromkeys((told[0], told[-1]))), ha="center", va="center", fontsize=7.5,
                       color="black" if image.norm(grid[i, j]) > 0.6 else "white")
         axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
 
@@ -265,7 +267,7 @@ def _directions(layers: Sequence[LayerFacts]) -> str:
                 axes.fill_between(index, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
                 axes.semilogx(index, curves.mean(0), color=colour, label=label)
             axes.set(xlabel="eigenvectors of H, largest eigenvalue first", ylabel="cumulative share", ylim=(0, 1.02),
-                     title=f"{kind}: mean over the blocks, and their range", xlim=(1, len(index)))
+                     title=f"{kind}: mean over the layers, and their range", xlim=(1, len(index)))
             axes.legend(loc="lower right")
         return inner
 
@@ -314,12 +316,12 @@ def channels(layers: Sequence[LayerFacts], chosen: dict[str, str]) -> str:
 
 def _outliers(layers: Sequence[LayerFacts], count: int = 15) -> list[tuple[Any, ...]]:
     """Block, layers of the input, channel, Hⱼⱼ over the median, and the ratio of L R to W in each of the layers."""
-    inputs = _grouped(layers, lambda f: (f.block, llama.INPUT_OF[f.kind]))
+    inputs = _grouped(layers, lambda f: (f.block, llama.input_of(f.name)))
     each = [(group[0].diagonal[j], group, j) for group in inputs.values()
             for j in np.argsort(-group[0].diagonal, kind="stable")[:count]]
     largest = sorted(each, key=lambda found: -found[0])[:count]
-    return [(group[0].block, ", ".join(f.kind for f in group), j, f"{ratio:.1f}",
-             ", ".join(f"{f.kind} {f.taken[j]:.3f}" for f in group)) for ratio, group, j in largest]
+    return [(group[0].block, ", ".join(f.name for f in group), j, f"{ratio:.1f}",
+             ", ".join(f"{f.name} {f.taken[j]:.3f}" for f in group)) for ratio, group, j in largest]
 
 
 def tokens(text: TextFacts) -> str:

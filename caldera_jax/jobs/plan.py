@@ -12,7 +12,7 @@ from caldera_jax import allocate
 from caldera_jax.allocate import ErrorModel, Option
 from caldera_jax.jobs import level, spread
 from caldera_jax.jobs.settings import RunConfig, budget, count
-from caldera_jax.jobs.work import Work, paths
+from caldera_jax.jobs.work import Work
 from caldera_jax.models import llama
 from caldera_jax.models.convert import Model
 
@@ -22,7 +22,7 @@ def plan(job: Work, tokens: np.ndarray) -> dict[str, Any]:
     """
     config, model, run, clock, _ = job
     choices, blocks = offered(config, model), range(count(config, model.config))
-    names = dict(zip(paths(blocks), llama.LINEARS * len(blocks), strict=True))
+    names = dict(zip(job.paths(blocks), llama.linears(model.config) * len(blocks), strict=True))
     with clock.stage("measure"):
         with job.bar("measure", blocks) as bar:
             job.each(blocks, bar, lambda index, i: _measure(job, choices, index, i))
@@ -49,9 +49,10 @@ def plan(job: Work, tokens: np.ndarray) -> dict[str, Any]:
 
 def _measure(job: Work, choices: dict[str, Any], index: int, i: int) -> None:
     """The error model of one layer, written unless it is there."""
-    path = f"blocks.{index}.{llama.LINEARS[i]}"
+    path = job.path(index, i)
     if job.run.recall(f"{path}.options") is None:
-        found = allocate.error_model(*job.given(index, i)[:3], job.config.caldera, choices[llama.LINEARS[i]][0], path)
+        options, _ = choices[path.rsplit(".", 1)[1]]
+        found = allocate.error_model(*job.given(index, i)[:3], job.config.caldera, options, path)
         job.run.keep(f"{path}.options", found._asdict())
 
 

@@ -36,6 +36,7 @@ class Layer(TypedDict):
     bits_per_weight: float
     damping: float
     peak: NotRequired[float]
+    tokens: NotRequired[int]
     seconds: float
     predicted_loss: NotRequired[float]
     loss: NotRequired[float]

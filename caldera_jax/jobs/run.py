@@ -135,14 +135,14 @@ class Run:
             time.sleep(0.2)
         spread.barrier()
 
-    def block(self, index: int, dense: Mapping[str, Any]) -> Block:
+    def block(self, config: llama.LlamaConfig, index: int, dense: Mapping[str, Any]) -> Block:
         """The block with its linear layers as they were compressed; each is read from the disk when it is asked for."""
         def finished(path):
             if (layer := self.layer(path)) is None:
                 raise ValueError(f"{self.work / path}: finished once, now gone or damaged: run the same command again")
             return layer
 
-        paths = {name: partial(finished, f"blocks.{index}.{name}") for name in llama.LINEARS}
+        paths = {name: partial(finished, f"blocks.{index}.{name}") for name in llama.linears(config)}
         return Block({name: paths.get(name, partial(dense.__getitem__, name)) for name in dense})
 
     def write(self, model: Model, layers: list[str]) -> None:

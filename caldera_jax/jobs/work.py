@@ -20,14 +20,15 @@ from caldera_jax.models.convert import Model
 
 
 class Given(NamedTuple):
-    """A layer's key, weights and Hessian, its inputs' largest token (``hessian.Moments``; 0: not known), and the factor
-    of its outputs' importance that makes up for what the cap leaves out."""
+    """A layer's key, weights and Hessian, its inputs' largest token (``hessian.Moments``; 0: not known), the factor of
+    its outputs' importance that makes up for what the cap leaves out, and of an expert the number of its tokens."""
 
     key: Array
     w: Array
     h: Array
     peak: float
     lift: float
+    tokens: int | None = None
 
 
 class Work(NamedTuple):
@@ -41,16 +42,25 @@ class Work(NamedTuple):
 
     def given(self, index: int, i: int) -> Given:
         """What layer i of a block is compressed from."""
-        name = llama.LINEARS[i]
-        source = llama.INPUT_OF[name]
-        key = jax.random.fold_in(jax.random.key(self.config.seed), index * len(llama.LINEARS) + i)
+        names = llama.linears(self.model.config)
+        name, source = names[i], llama.input_of(names[i])
+        key = jax.random.fold_in(jax.random.key(self.config.seed), index * len(names) + i)
         w = jnp.asarray(self.model.params["blocks"][index][name])
         if self.config.hessians is None:
             moments = calibration.load_moments(calibration.spilled(self.folder, index, source))[source]
             lift = float(moments.left_out(self.config.level.damping)) if self.config.level else 1.0
-            return Given(key, w, moments.mean(), float(moments.peak), lift)
+            tokens = int(moments.seen) if name != llama.kind_of(name) else None
+            return Given(key, w, moments.mean(), float(moments.peak), lift, tokens)
         hessians = Path(self.config.hessians)
         return Given(key, w, jnp.asarray(calibration.released(hessians, self.model.config, index, source)), 0.0, 1.0)
+
+    def path(self, index: int, i: int) -> str:
+        """Of layer i of a block."""
+        return f"blocks.{index}.{llama.linears(self.model.config)[i]}"
+
+    def paths(self, group: Sequence[int]) -> list[str]:
+        """Of the layers of these blocks."""
+        return [f"blocks.{index}.{name}" for index in group for name in llama.linears(self.model.config)]
 
     def bar(self, title: str, group: Sequence[int], leave: bool = True) -> tqdm:
         """Progress of this process through its layers of these blocks, for ``each``."""
@@ -65,7 +75,7 @@ class Work(NamedTuple):
 
         def of_device(items):
             for index, i in items:
-                bar.set_postfix_str(paths([index])[i])
+                bar.set_postfix_str(self.path(index, i))
                 work(index, i)
                 bar.update(math.prod(shapes[i]))
 
@@ -80,11 +90,6 @@ class Work(NamedTuple):
                  if slot == spread.rank() * devices + device] for device in range(devices)]
 
 
-def paths(group: Sequence[int]) -> list[str]:
-    """Of the layers of these blocks."""
-    return [f"blocks.{index}.{name}" for index in group for name in llama.LINEARS]
-
-
 def record(path: str, layer: CompressedLinear, given: Given, error: float, damping: float, half_steps: list[float],
            part: dict[str, float]) -> dict[str, Any]:
     """What the report says of one layer.  ``bits``: all stored bits of the layer; ``error``: against the undamped H."""
@@ -97,4 +102,5 @@ def record(path: str, layer: CompressedLinear, given: Given, error: float, dampi
             "rank": layer.rank, "q_bits": q_bits, "factor_bits": factor_bits, "damping": damping,
             "half_step_errors": half_steps, "seconds": round(part["seconds"], 3),
             "compile_seconds": round(part["compile_seconds"], 3), "process": spread.rank(),
-            **({"peak": given.peak} if given.peak else {})}
+            **({"peak": given.peak} if given.peak else {}),
+            **({} if given.tokens is None else {"tokens": given.tokens})}

@@ -22,10 +22,15 @@ def config_from_hf(raw: dict[str, Any]) -> LlamaConfig:
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     row = ARCHITECTURES[architecture]
+    for alias, key in row.aliases.items():
+        if raw.get(key, raw.get(alias)) != raw.get(alias, raw.get(key)):
+            raise ValueError(f"config.json: {alias} = {raw[alias]} and {key} = {raw[key]} differ: correct whichever is "
+                             "wrong")
+        raw = raw | ({key: raw[alias]} if alias in raw else {})
     raw = _DEFAULTS | row.defaults | raw
     for key, values in (_IDLE | row.idle).items():
         if raw.get(key) and raw[key] not in values:
-            raise ValueError(f"config.json: {key} = {raw[key]!r} is not supported; a dense model without it is needed")
+            raise ValueError(f"config.json: {key} = {raw[key]!r} is not supported; a model without it is needed")
     if (activation := raw[row.activation_key]) != row.activation:
         raise ValueError(f"config.json: {row.activation_key} {activation!r} is not supported, only {row.activation!r}")
     dim, heads, layers = (size(raw, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
@@ -38,7 +43,7 @@ def config_from_hf(raw: dict[str, Any]) -> LlamaConfig:
         heads=heads,
         kv_heads=size(raw, "num_key_value_heads", heads),
         head_dim=size(raw, "head_dim", dim // heads),
-        ffn_dim=size(raw, "intermediate_size"),
+        ffn_dim=size(raw, row.width),
         norm_eps=number(raw, "rms_norm_eps"),
         tied=files.checked(raw["tie_word_embeddings"], bool, "config.json: tie_word_embeddings"),
         context=size(raw, "max_position_embeddings"),
@@ -75,7 +80,7 @@ def _written(row: Family, config: LlamaConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
+        row.width: config.ffn_dim,
         row.activation_key: row.activation,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
@@ -119,7 +124,11 @@ def _kinds(row, raw, layers, windowed):
 
 def _numbers(row: Family, raw: dict[str, Any]) -> dict[str, Any]:
     """The fields that a family has beyond Llama's."""
-    read = lambda key: key.read(size(raw, key.name) if key.whole else number(raw, key.name))
+    def read(key):
+        if key.flag:
+            return files.checked(raw[key.name], bool, f"config.json: {key.name}")
+        return key.read(size(raw, key.name) if key.whole else number(raw, key.name))
+
     return {name: None if key.null and raw.get(key.name) is None else read(key) for name, key in row.numbers.items()}
 
 

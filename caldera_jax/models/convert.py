@@ -1,4 +1,4 @@
-"""Files of dense models <-> (LlamaConfig, params): Hugging Face directories, GGUF files, hub ids and the built-ins.
+"""Files of models <-> (LlamaConfig, params): Hugging Face directories, GGUF files, hub ids and the built-ins.
 
 Directories hold any family of ``families``, GGUF files Llama, Mistral and Qwen2.  Arrays are NumPy arrays in the type
 of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32).
@@ -118,7 +118,7 @@ def from_hf(directory: str | Path) -> tuple[LlamaConfig, Params]:
     config = config_from_hf(_read_json(directory / "config.json"))
     tensors = _open_safetensors(directory)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    names = families.tensors(config.row)
+    names = families.tensors(config.row, config.experts)
     if config.tied and {names["head"], names["embed"]} <= tensors.keys():
         if not np.array_equal(tensors.pop(names["head"]).read(), tensors[names["embed"]].read()):
             raise ValueError(
@@ -142,7 +142,7 @@ def save_hf(directory: str | Path, config: LlamaConfig, params: Params, shard_by
         raise ValueError(f"{directory} already holds {found[0].name}; choose another directory or empty this one")
     directory.mkdir(parents=True, exist_ok=True)
     tensors = ((name, np.ascontiguousarray(read()))
-               for name, _, read in _tensors(config, families.tensors(config.row), params))
+               for name, _, read in _tensors(config, families.tensors(config.row, config.experts), params))
     shards, total = [], 0  # of each file, its tensors
     for shard in _shards(tensors, shard_bytes):
         _save(directory / f"{len(shards)}.unfinished", shard)

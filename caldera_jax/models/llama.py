@@ -1,12 +1,13 @@
-"""Dense decoders in plain JAX: Llama, and the families that differ from it by a row of ``families.TABLE``.
+"""Decoders in plain JAX: Llama, and the families that differ from it by a row of ``families.TABLE``.
 
 Letters: b batch, s sequence, c capacity of a cache, d model width, h query heads, g key/value heads, e head width,
 v vocabulary.
 
 ``params`` is ``{"embed": [v, d], "blocks": [block, ...], "norm": [d]}`` and ``"head": [v, d]`` when the output is not
-tied to the embedding; a block holds the seven ``LINEARS`` ([m outputs, n inputs], each an array or a
-``CompressedLinear``), the gains that its family has (``attn_norm`` and ``ffn_norm``, Llama's) and, with ``qkv_bias``,
-``q_bias``, ``k_bias`` and ``v_bias``.
+tied to the embedding; a block holds its ``linears`` ([m outputs, n inputs], each an array or a ``CompressedLinear``),
+the gains that its family has (``attn_norm`` and ``ffn_norm``, Llama's), with ``qkv_bias`` ``q_bias``, ``k_bias`` and
+``v_bias``, and with experts the ``router`` [experts, d].
+Of experts, e has the layers ``gate_e``, ``up_e`` and ``down_e``, whose inputs are zero for tokens that it is not asked.
 Blocks may differ in what a token sees: ``LlamaConfig.at`` is the configuration of one.
 Activations are float32 (float64 for a float64 embedding), whatever narrower type the weights are stored in.
 """
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray, UInt32
 from caldera_jax.linear import apply
 from caldera_jax.models import families
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # of a block without experts
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "up", "up": "up", "down": "down"}
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
@@ -74,6 +75,7 @@ class LlamaConfig:
     all that is added to the residual stream.
     local: of each block, whether the window is its own (none given: of all); these have local_theta, unscaled, for
     rope_theta, where there is one.
+    experts: MLPs of width ffn_dim, of which experts_per_token answer a token; renormalised: their weights sum to 1.
     """
 
     vocab: int
@@ -99,6 +101,9 @@ class LlamaConfig:
     residual_scale: float = field(default=1.0, repr=False)
     local: tuple[bool, ...] = field(default=(), repr=False)
     local_theta: float | None = field(default=None, repr=False)
+    experts: int = field(default=0, repr=False)
+    experts_per_token: int = field(default=0, repr=False)
+    renormalised: bool = field(default=False, repr=False)
 
     def __post_init__(self):
         sizes = ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "context")
@@ -110,7 +115,7 @@ class LlamaConfig:
                              f"{self.rope_theta} and {self.norm_eps}")
         if self.family not in families.FORWARD:
             raise ValueError(f"unknown family {self.family!r}: known are {', '.join(families.FORWARD)}")
-        own = {*self.row.numbers, "family", *["local"] * (self.row.window == "local")}
+        own = {*self.row.numbers, *self.row.fixed, "family", *["local"] * (self.row.window == "local")}
         for f in (f for f in fields(self) if not f.repr):
             if (value := getattr(self, f.name)) != f.default and f.name not in own:
                 raise ValueError(f"blocks of family {self.family!r} have no {f.name}, got {value}")
@@ -119,6 +124,9 @@ class LlamaConfig:
         if len(self.local) not in (0, self.layers) or any(self.local) and self.sliding_window is None:
             raise ValueError(f"local needs an entry for each of the {self.layers} blocks, and a sliding_window where "
                              f"one is true; got {len(self.local)} and {self.sliding_window}")
+        if self.row.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"experts_per_token must be from 1 to the number of experts; got {self.experts_per_token} "
+                             f"of {self.experts}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads do not divide into {self.kv_heads} key/value heads")
         if self.head_dim % 2:
@@ -148,17 +156,43 @@ class LlamaConfig:
 
 
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """(m outputs, n inputs) of each of a block's linear layers, in the order of ``LINEARS``."""
+    """(m outputs, n inputs) of each of a block's linear layers, in order: attention, then MLP, or one expert after the
+    other."""
     d, queries, keys = config.dim, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return {
-        "q": (queries, d), "k": (keys, d), "v": (keys, d), "o": (d, queries),
-        "gate": (config.ffn_dim, d), "up": (config.ffn_dim, d), "down": (d, config.ffn_dim),
-    }  # fmt: skip
+    mlp = {"gate": (config.ffn_dim, d), "up": (config.ffn_dim, d), "down": (d, config.ffn_dim)}
+    if config.experts:
+        mlp = {f"{name}_{e}": shape for e in range(config.experts) for name, shape in mlp.items()}
+    return {"q": (queries, d), "k": (keys, d), "v": (keys, d), "o": (d, queries)} | mlp
+
+
+def linears(config: LlamaConfig) -> tuple[str, ...]:
+    """Names of a block's linear layers, in the order of ``shapes``."""
+    return tuple(shapes(config))
+
+
+def kind_of(name: str) -> str:
+    """What a linear layer is, one of ``LINEARS``: "up" of "up_5", which is expert 5's; of a path, "blocks.0.up"."""
+    return name.split("_")[0]
+
+
+def input_of(name: str) -> str:
+    """Name of a linear layer's input, which several may share: "up_5" of "gate_5"."""
+    return name.replace(kind_of(name), INPUT_OF[kind_of(name)])
+
+
+def input_sizes(config: LlamaConfig) -> dict[str, int]:
+    """Inputs of a block's linear layers -> n."""
+    return {input_of(name): n for name, (_, n) in shapes(config).items()}
 
 
 def block_weights(config: LlamaConfig) -> int:
     """Number of weights of a block's linear layers."""
     return sum(math.prod(shape) for shape in shapes(config).values())
+
+
+def router_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(experts, inputs) of a block's router, if it has one."""
+    return {"router": (config.experts, config.dim)} if config.experts else {}
 
 
 def vector_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
@@ -170,6 +204,11 @@ def vector_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
     return {name: (widths.get(name, config.dim),) for name in config.row.norms} | biases
 
 
+def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of everything in a block."""
+    return shapes(config) | router_shapes(config) | vector_shapes(config)
+
+
 def init(key: PRNGKeyArray | UInt32[Array, "2"], config: LlamaConfig, dtype=jnp.float32) -> Params:
     """Random parameters: N(0, 1/n) weights, unit gains, zero biases. For tests and for models trained from nothing."""
 
@@ -179,8 +218,9 @@ def init(key: PRNGKeyArray | UInt32[Array, "2"], config: LlamaConfig, dtype=jnp.
     unit = 1 - config.row.gain
 
     def one_block(key):
-        keys = jax.random.split(key, len(LINEARS))
-        weights = {name: normal(k, shape) for k, (name, shape) in zip(keys, shapes(config).items(), strict=True)}
+        matrices = shapes(config) | router_shapes(config)
+        keys = jax.random.split(key, len(matrices))
+        weights = {name: normal(k, shape) for k, (name, shape) in zip(keys, matrices.items(), strict=True)}
         vectors = {n: jnp.full(s, unit if n.endswith("norm") else 0.0, dtype) for n, s in vector_shapes(config).items()}
         return weights | vectors
 
@@ -295,10 +335,13 @@ def scaled(config: LlamaConfig, x: Any, stored: np.dtype) -> Any:
 def block(
     config: LlamaConfig, params: Params, x: Float[Array, "b s d"], positions: Int[Array, " s"]
 ) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "b s _"]]]:
-    """One decoder block: the new residual stream, and the inputs of its linear layers by ``INPUT_OF``.
+    """One decoder block: the new residual stream, and the inputs of its linear layers by ``input_of``.
 
     ``config``: of this block, ``config.at(index)``; ValueError for that of a whole model whose blocks differ.
     Inputs that the caller drops cost nothing under ``jit``.
+    Experts compute all tokens, one expert after the other, so that no shape depends on the text: experts /
+    experts_per_token times the products that the tokens ask for; and the program grows with their number (64 packed
+    ones compile in a minute).
     """
     h = _normed(config, params, "attn_norm", x)
     q, k, v = _heads(config, params, h, positions)
@@ -326,14 +369,43 @@ def _heads(config, params, h, positions):
 def _after(config, params, x, h, mixed):
     """What follows the attention, as ``block`` returns it."""
 
-    def add(x, name, layer, inner):
-        y = _normed(config, params, f"{name}_post_norm", apply(params[layer], inner))
+    def add(x, name, y):
+        y = _normed(config, params, f"{name}_post_norm", y)
         return x + (y if config.residual_scale == 1 else y * config.residual_scale)
 
-    x = add(x, "attn", "o", mixed)
-    z = _normed(config, params, "ffn_norm", x)
-    inner = ACTIVATIONS[config.row.activation](apply(params["gate"], z)) * apply(params["up"], z)
-    return add(x, "ffn", "down", inner), {"qkv": h, "o": mixed, "up": z, "down": inner}
+    x = add(x, "attn", apply(params["o"], mixed))
+    y, inputs = (_routed if config.experts else _mlp)(config, params, _normed(config, params, "ffn_norm", x))
+    return add(x, "ffn", y), {"qkv": h, "o": mixed, **inputs}
+
+
+def _mlp(config, params, z, of="", weight=None):
+    """The MLP's output, or that of expert ``of`` times the weight of each token, and the inputs of its layers.
+
+    The weight goes in before ``down``, which is linear, so that the second moment of its inputs counts each token as
+    the output does.
+    """
+    inner = ACTIVATIONS[config.row.activation](apply(params[f"gate{of}"], z)) * apply(params[f"up{of}"], z)
+    inner = inner if weight is None else weight * inner
+    return apply(params[f"down{of}"], inner), {f"up{of}": z, f"down{of}": inner}
+
+
+def _routed(config, params, z):
+    """The sum of the experts, each times its weight."""
+    y, inputs = jnp.zeros_like(z), {}
+    for e, weight in enumerate(jnp.split(route(config, params["router"], z), config.experts, axis=-1)):
+        own, of_layers = _mlp(config, params, jnp.where(weight > 0, z, 0), f"_{e}", weight)
+        y, inputs = y + own, inputs | of_layers
+    return y, inputs
+
+
+def route(config: LlamaConfig, router: Any, z: Float[Array, "b s d"]) -> Float[Array, "b s experts"]:
+    """Weight of each expert for each token: softmax of the router's outputs, and 0 but for the largest
+    ``experts_per_token``; over their sum, if ``renormalised``."""
+    shares = jax.nn.softmax(apply(router, z), axis=-1)
+    weights, chosen = jax.lax.top_k(shares, config.experts_per_token)
+    if config.renormalised:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.put_along_axis(jnp.zeros_like(shares), chosen, weights, axis=-1, inplace=False)
 
 
 class Cache(NamedTuple):

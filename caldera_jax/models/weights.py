@@ -71,7 +71,7 @@ def whole(params: Params) -> Params:
 def by_tensor(config: LlamaConfig, names: dict[str, str]) -> dict[str, tuple[tuple[int, ...], dict[str, slice]]]:
     """Tensor of a block -> its shape, and the parts that it holds, most often one, with their rows."""
     found: dict[str, tuple[tuple[int, ...], dict[str, slice]]] = {}
-    for part, (count, *width) in (llama.shapes(config) | llama.vector_shapes(config)).items():
+    for part, (count, *width) in llama.block_shapes(config).items():
         (start, *_), parts = found.get(names[part], ((0,), {}))
         found[names[part]] = (start + count, *width), parts | {part: slice(start, start + count)}
     return found
