@@ -202,8 +202,10 @@ def few_lines(r: dict[str, Any]) -> list[str]:
     if least is None:
         return []
     experts = len({(row["path"].split(".")[1], row["path"].split("_")[1]) for row in found})
-    return [f"  few tokens        {least['path']}: {least['tokens']} tokens for {least['shape'][1]} inputs ({experts} "
-            f"expert{'s have' if experts > 1 else ' has'} fewer than inputs): give more --calibration-windows"]
+    few = f"{least['tokens']} tokens for {least['shape'][1]} inputs"
+    zeros = ", so that it is all zeros" if least["tokens"] == 0 and "level" in r else ""
+    return [f"  few tokens        {least['path']}: {few}{zeros} ({experts} expert{'s have' if experts > 1 else ' has'} "
+            "fewer than inputs): give more --calibration-windows"]
 
 
 def level_lines(r: dict[str, Any]) -> list[str]:
