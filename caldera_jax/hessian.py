@@ -49,7 +49,7 @@ def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Arr
     A token whose squared norm exceeds ``cap`` times its window's median counts as one of that norm (inf: as it is).
     Tokens that are zero add nothing, and the median is of the others.
     Models have tokens, mostly the first of a text, with 10³ to 10⁵ times the others' (2402.17762).  One such token
-    fills H, whose damping then drowns the others; a cap of 10⁴ leaves them their due.
+    fills H, whose damping then drowns the others; a cap of 10⁴ leaves them most of their due.
     """
     rows = jnp.atleast_2d(x).astype(moments.sum.dtype)
     norms = jnp.sum(rows * rows, axis=-1, keepdims=True)

@@ -132,8 +132,10 @@ def shares(config: Config, w: np.ndarray, h: np.ndarray) -> Result:
 @contextmanager
 def theory() -> Iterator[tuple[Any, ...]]:
     """The modules of the claims, which work in float64, as nothing else here does."""
+    found = tuple(map(importlib.import_module, ("common", "when_rank_pays", "downdate", "rate_gap")))
+    jax.config.update("jax_enable_x64", True)
     try:
-        yield tuple(map(importlib.import_module, ("common", "when_rank_pays", "downdate", "rate_gap")))
+        yield found
     finally:
         jax.config.update("jax_enable_x64", False)
 
@@ -142,7 +144,6 @@ def predicted(config: Config, w: np.ndarray, h: np.ndarray) -> Result:
     """Errors by ``when_rank_pays`` of every rank and factor bits; by ``downdate`` with and without it, at the middle
     rank; parts of the gap of Q alone and of that rank by ``rate_gap``."""
     with theory() as (common, when_rank_pays, downdate, rate_gap):
-        jax.config.update("jax_enable_x64", True)
         parts = common.decompose(config.seed, w, h, CalderaConfig(rank=0))
         c = {bits: common.rounding_error(bits) for bits in (2, *config.factor_bits)}
         damping, found = float(parts.factors.damping), {}

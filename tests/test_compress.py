@@ -321,11 +321,17 @@ def test_moments_of_one_block_lie_on_the_disk_at_a_time(config, activations, tmp
 def test_a_resumed_run_calibrates_only_blocks_without_moments(finished, config, tmp_path, monkeypatch, layers, blocks):
     """Those of a block are there until all its layers are; to reach the second, the streams go through the first."""
     moments, calibrated = calibration.Inputs.moments, []
+
+    def of_the_first(self, index):
+        if index:
+            raise KeyboardInterrupt
+        return moments(self, index)
+
     with monkeypatch.context() as patch:
         interrupt_after(patch, layers)
         if layers == 7:  # between the blocks
-            patch.setattr(calibration.Inputs, "moments", lambda self, i: moments(self, 0 if i == 0 else 1 / 0))
-        with pytest.raises(ZeroDivisionError if layers == 7 else KeyboardInterrupt):
+            patch.setattr(calibration.Inputs, "moments", of_the_first)
+        with pytest.raises(KeyboardInterrupt):
             compress(config, tmp_path / "out")
     monkeypatch.setattr(calibration.Inputs, "moments", lambda self, i: calibrated.append(i) or moments(self, i))
     compress(config, tmp_path / "out")

@@ -317,6 +317,23 @@ def test_a_file_in_parts_is_joined_and_an_interrupted_fetch_goes_on(tmp_path, do
     assert "1.8 GB of disk until the parts are joined, 0.9 GB then" in said[0] and "1.2 GB of" in said[1]
 
 
+@pytest.mark.parametrize("source", [SOURCE, JOINED], ids=["whole", "parts"])
+@pytest.mark.parametrize("when", ["_download", "_sha256"])
+def test_two_processes_may_fetch_the_same_file_at_once(tmp_path, downloads, monkeypatch, source, when):
+    """The other one begins, and ends, at the first call of this function."""
+    original, begun = getattr(data, when), []
+
+    def another_is_faster(*arguments):
+        if not begun:
+            begun.append(True)
+            data._fetch.__wrapped__(source, tmp_path)
+        return original(*arguments)
+
+    monkeypatch.setattr(data, when, another_is_faster)
+    path = data._fetch(source, tmp_path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == source.sha256 and list(tmp_path.iterdir()) == [path]
+
+
 def test_parts_that_do_not_make_up_the_file_are_refused_and_not_kept(tmp_path, downloads):
     (tmp_path / "whole.gguf.part2").write_bytes(b"of something else")
     with pytest.raises(RuntimeError, match="SHA-256 .*expected"):

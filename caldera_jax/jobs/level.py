@@ -101,7 +101,7 @@ def curves(job: Work, g: Outputs, calibrate: Callable[[int], None], drop: Callab
             calibrate(index)
             with job.clock.stage("measure"):
                 for name in ("curve",) if index else ("guess0", "guess1", "curve"):
-                    of = min(size * len(found) // len(own), size * index) or size
+                    of = size * len(found) // len(own)
                     c = spread.first(levels.solve(list(found.values()), config.bits * of, config.level, of)
                                      ) if found else None
                     job.each([index], bar, partial(_measure, job, g, c, name))
@@ -122,8 +122,7 @@ def _measure(job: Work, g: Outputs, c: float | None, name: str, index: int, i: i
     path, config = job.path(index, i), job.config
     if job.run.recall(f"{path}.{name}") is not None:
         return
-    given, of_outputs = _given(job, g, index, i)
-    _, w, h, *_ = given
+    (_, w, h, *_), of_outputs = _given(job, g, index, i)
     if c is None:
         size = of_outputs @ np.mean(np.asarray(w, np.float64) ** 2, axis=1) / len(w) * float(jnp.trace(h)) / len(h)
         c = math.sqrt(max(size, 1e-30)) * 2.0 ** -min(config.bits, 6.0)

