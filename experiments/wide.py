@@ -106,7 +106,7 @@ def measure(config: Config) -> Result:
         c, ones = 0.3 * np.sqrt(np.mean(w**2) * np.trace(h) / len(h)), np.ones(len(w), np.float32)
 
         def levelled(c):
-            layer = cj.level(w, h, ones, c)
+            layer = cj.level(w, h, ones, float(c))
             return layer.stored_bits, row(layer, c=float(c))
 
         for bits in config.budgets:

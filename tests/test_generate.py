@@ -64,7 +64,8 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     config = CONFIGS[name]
     params = make(config, dtype=np.float64)
     convert.save_hf(tmp_path, config, params)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").double()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", experts_implementation="eager").double()
     prompt = torch.tensor(PROMPTS[0])[None]
     with torch.no_grad():
         expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False,

@@ -30,7 +30,7 @@ AIM, KNOWN, LEAST = 0.9975, 0.999, 0.995  # of a budget: what is solved for, fir
 ROWS = 64  # of a layer, that are measured
 TRIES = 6
 
-Outputs = Mapping[str, Float[np.ndarray, " m"]]  # g of each layer's outputs
+Outputs = Mapping[str, Float[np.ndarray, " _"]]  # g of each layer's outputs
 Done = Mapping[str, tuple[float, int]]  # the level of each layer, and its bits there
 
 
