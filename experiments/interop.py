@@ -1,23 +1,27 @@
-"""What other programs make of the same model: the same tokens, probabilities and perplexity.
+"""What other programs make of the same model: the same tokens, probabilities and perplexity; and its quantization.
 
-    python experiments/interop.py [DIR]             # llama.cpp, of an exported model; left out: smollm2-135m, dense
-    python experiments/interop.py --dense MODEL     # transformers, of a built-in's own GGUF file
+    python experiments/interop.py [DIR]                   # llama.cpp, of an exported model; left out: smollm2-135m
+    python experiments/interop.py --dense MODEL           # transformers, of a built-in's own GGUF file
+    python experiments/interop.py --quantize MODEL TYPE   # llama.cpp's own compression, as IQ2_XXS
 
-Writes results/interop.json, or results/interop_MODEL.json.  Needs llama-cpp-python, best in an environment of its own
-beside this package: pip install llama-cpp-python; or torch and transformers.  Weights, keys and values are float32, so
-what differs is the rounding of two programs.
+Writes results/interop.json, results/interop_MODEL.json, results/interop_MODEL_TYPE.json.  Needs llama-cpp-python, best
+in an environment of its own beside this package: pip install llama-cpp-python; or torch and transformers.  Weights,
+keys and values are float32, so what differs is the rounding of two programs.
 """
 
+import ctypes
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from caldera_jax.jobs import artifact, evaluate, export, report
+from caldera_jax.jobs import artifact, calibration, evaluate, export, report
 from caldera_jax.models import convert, data, files, llama, tokenizer
 
 RESULT = Path(__file__).parent / "results" / "interop.json"
@@ -49,6 +53,68 @@ def dense(name: str, windows: int = 2) -> None:
         **report.provenance({"model": name, "windows": windows, "window": 512, "transformers": version}, 0), **found})
     if any(abs(one["perplexity"] / one["their_perplexity"] - 1) > MOST for one in found.values()):
         raise SystemExit(f"transformers computes another perplexity of {name}")
+
+
+def quantize(name: str, kind: str, windows: int = 64) -> None:
+    """A built-in's own GGUF file at fewer bits by llama.cpp, with an importance matrix of the text that `compress`
+    calibrates on, all linear layers of one type ("pure") and mixed as llama.cpp does; each evaluated here, with the
+    embedding and head of the model."""
+    import llama_cpp
+
+    path, model = data.fetch_model(name), convert.load(name)
+    importance = squares(model, data.windows_beside(model, data.Tokens("enwiki", windows, 512), "", "calibration"))
+    held_out = {text: data.windows_beside(model, data.Tokens(text, 32, 512), "enwiki", "evaluation")
+                for text in ("enwiki", "python")}
+    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()  # the last, without a name, ends them
+    for entry, (tensor, values) in zip(entries, importance.items(), strict=False):
+        entry.name, entry.size = tensor.encode(), len(values)
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    found = {}
+    for mixed in (False, True):
+        asked = llama_cpp.llama_model_quantize_default_params()
+        asked.ftype, asked.pure = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), not mixed
+        asked.allow_requantize, asked.imatrix = True, entries
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "model.gguf"
+            if llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), asked):
+                raise SystemExit(f"llama.cpp could not write {name} as {kind}")
+            tensors = {tensor.name: tensor for tensor in convert.read_gguf(out).tensors}
+            linear = [tensors[tensor] for tensor in importance]
+            bits = 8 * sum(int(t.n_bytes) for t in linear) / sum(int(t.n_elements) for t in linear)
+            params = model.params | {"blocks": convert.load(out).params["blocks"]}
+            rows = {}
+            for text, tokens in held_out.items():
+                compared = evaluate.compare(model.config, model.params, params, tokens, title=text)
+                rows[text] = {"perplexity": float(np.exp(np.mean(compared.loss))),
+                              "dense": float(np.exp(np.mean(compared.base_loss))),
+                              "divergence": float(np.mean(compared.divergence))}
+                print(f"{'mixed' if mixed else 'pure'}, {bits:.4f} bits, {text}: {rows[text]}")
+            found["mixed" if mixed else "pure"] = {
+                "bits_per_weight": bits, "file_bytes": out.stat().st_size,
+                "types": {kind: sum(t.tensor_type.name == kind for t in linear)
+                          for kind in sorted({t.tensor_type.name for t in linear})}, **rows}
+    config = {"model": name, "type": kind, "windows": windows, "window": 512,
+              "llama_cpp_python": llama_cpp.__version__}
+    files.write_json(RESULT.with_name(f"interop_{name}_{kind}.json"), {**report.provenance(config, 0), **found})
+
+
+def squares(model: convert.Model, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """The mean square of each input of each linear layer, by the name of its tensor."""
+    @partial(jax.jit, static_argnums=0)
+    def forward(config, block, x):
+        y, inputs = llama.block(config, block, x, jnp.arange(x.shape[1]))
+        return y, {key: jnp.sum(value * value, axis=(0, 1)) for key, value in inputs.items()}
+
+    streams, found = calibration.embed(model.config, model.params, tokens), {}
+    for index in tqdm(range(model.config.layers), "importance matrix", unit="block"):
+        block, total = jax.device_put(dict(model.params["blocks"][index])), {}
+        for shard in (shard for device in streams for shard in device):
+            for i in range(0, len(shard), 4):
+                shard[i:i + 4], one = forward(model.config.at(index), block, shard[i:i + 4])
+                total = {key: total.get(key, 0) + np.asarray(value, np.float64) for key, value in one.items()}
+        found |= {convert.GGUF[layer].format(index): np.float32(total[llama.INPUT_OF[layer]] / tokens.size)
+                  for layer in llama.LINEARS}
+    return found
 
 
 def main(directory: str | None = None) -> None:
@@ -86,5 +152,7 @@ def main(directory: str | None = None) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--dense"]:
         dense(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--quantize"]:
+        quantize(*sys.argv[2:])
     else:
         main(*sys.argv[1:])

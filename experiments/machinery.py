@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import drawing
+import encoder
 import jax
 import numpy as np
 from scipy import stats
@@ -177,8 +178,8 @@ def model(name: str) -> convert.Model:
 
 @cache
 def fingerprint(name: str) -> str:
-    """SHA-256 of the model's configuration and weights."""
-    return artifact.fingerprint(model(name))
+    """SHA-256 of the model's configuration and weights; of the encoder's file."""
+    return encoder.SOURCE.sha256 if name == encoder.NAME else artifact.fingerprint(model(name))
 
 
 @cache

