@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+TILE = 2048  # columns of X in one product of XᵀX
 MASSIVE = 1e3  # times the median squared norm of its window's tokens: a token that outweighs all others in H
 
 
@@ -16,7 +17,8 @@ class Moments(NamedTuple):
     """Running sum of x xᵀ and the number of tokens; ``error`` holds what rounding took from ``sum``, ``peak`` the
     largest squared norm of a token, over the median of its window; ``energy`` the sum of all squared norms, not
     capped, and ``ordinary`` what it would be if all had the median of their window; ``seen`` the number of tokens that
-    are not zero: of an expert's inputs, those that are routed to it."""
+    are not zero: of an expert's inputs, those that are routed to it.  Of more than TILE inputs, squares of TILE below
+    the diagonal are left zero: ``mean`` mirrors the others."""
 
     sum: Float[Array, "n n"]
     error: Float[Array, "n n"]
@@ -28,7 +30,8 @@ class Moments(NamedTuple):
 
     def mean(self) -> Float[Array, "n n"]:
         """H = Σ x xᵀ / tokens."""
-        return (self.sum + self.error) / self.count.astype(self.sum.dtype)
+        h = (self.sum + self.error) / self.count.astype(self.sum.dtype)
+        return h if len(h) <= TILE else jnp.triu(h) + jnp.triu(h, 1).T
 
     def left_out(self, damping: float) -> Float[Array, ""]:
         """(1 + λ r) / (1 + λ s): r and s are tr H of the tokens as they are, and as they count, over that of ordinary
@@ -58,7 +61,9 @@ def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Arr
     ratio = jnp.where(middle > 0, ratio, jnp.ones_like(ratio))  # all tokens are zero: nothing to compare with
     cap = jnp.asarray(cap, ratio.dtype)
     rows = (rows * jnp.where(ratio > cap, jnp.sqrt(cap / ratio), jnp.ones_like(ratio))).reshape(-1, x.shape[-1])
-    gram = jnp.matmul(rows.T, rows, precision=lax.Precision.HIGHEST)
+    gram = jnp.concatenate([  # from the diagonal on: XᵀX is symmetric
+        jnp.pad(jnp.matmul(rows[:, i:i + TILE].T, rows[:, i:], precision=lax.Precision.HIGHEST), ((0, 0), (i, 0)))
+        for i in range(0, rows.shape[1], TILE)])
     return merge(moments, Moments(gram, jnp.zeros_like(gram), jnp.asarray(len(rows), jnp.int32), jnp.max(ratio),
                                   jnp.sum(norms), jnp.sum(jnp.where(norms > 0, middle, 0)),
                                   jnp.sum(norms > 0, dtype=jnp.int32)))

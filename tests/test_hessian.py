@@ -32,6 +32,16 @@ def test_the_mean_is_the_second_moment(dtype):
     np.testing.assert_allclose(m.mean(), rows.T @ rows / 100, rtol=0, atol=100 * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("n", [8, 9, 11, 16])
+def test_the_mean_is_whole_where_only_one_triangle_is_summed(monkeypatch, n):
+    monkeypatch.setattr(hessian, "TILE", 4)
+    x = np.random.default_rng(0).normal(size=(2, 50, n))
+    m = hessian.merge(_moments(x[:1]), _moments(x[1:]))
+    assert not np.asarray(m.sum)[4:, :4].any()
+    rows = x.reshape(-1, n)
+    np.testing.assert_allclose(m.mean(), rows.T @ rows / 100, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("split", [(1, 99), (50, 50), (30, 30, 40), (1,) * 100])
 def test_moments_of_parts_merge_to_those_of_the_whole_in_any_order(split):
     x = np.random.default_rng(0).normal(size=(100, 6))
