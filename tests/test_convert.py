@@ -367,6 +367,24 @@ def test_gguf_and_hugging_face_files_give_the_same_model(tmp_path, name):
     assert_equal_trees(from_gguf, read(convert.from_hf(tmp_path / "hf"))[1])
 
 
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "bfloat16"])
+def test_rows_of_embedding_and_head_are_read_as_they_are_in_the_whole(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(convert, "STEP", 8)
+    if kind == "bfloat16":
+        convert.save_hf(tmp_path, PLAIN, make(PLAIN, ml_dtypes.bfloat16))
+        _, params = convert.from_hf(tmp_path)
+    else:
+        path = write_gguf(tmp_path / "m.gguf", PLAIN, make(PLAIN), gguf.GGMLQuantizationType[kind])
+        _, params = convert.from_gguf(convert.read_gguf(path))
+    for table in (params["embed"], params["head"]):
+        assert isinstance(table, weights.Table) and table.shape == (50, 32)
+        whole = np.asarray(table)
+        assert table.dtype == whole.dtype
+        for tokens in (np.asarray(TOKENS), np.array([49, 0, 7, 8, 49]), np.zeros((0, 5), int)):
+            np.testing.assert_array_equal(table[tokens], whole[tokens])
+        assert isinstance(jax.device_put(table), jax.Array)
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "BF16", "F16"])
 def test_a_quantized_gguf_gives_the_rounded_weights(tmp_path, name):
     """Quantizers work along a row, so rounding commutes with the permutation of rows."""

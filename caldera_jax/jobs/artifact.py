@@ -402,7 +402,7 @@ def load(directory: str | Path) -> Model:
     if extra := manifest["layers"].keys() - known:
         raise ValueError(f"{directory / MANIFEST}: layers has {min(extra)}, which the model has not: restore it or "
                          "compress the model again")
-    params, table = files.read_arrays(directory / REST), (config.vocab, config.dim)
+    params, table = convert.arrays(directory / REST), (config.vocab, config.dim)
     wanted = {"embed": table, "norm": (config.dim,)} | ({} if config.tied else {"head": table})
     shapes = {name: array.shape for name, array in params.items() if name != "classifier"}
     _same(directory / REST, shapes, wanted)

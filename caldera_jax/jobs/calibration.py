@@ -35,8 +35,8 @@ def embed(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"]) -
 
 
 def _streams(config, params, tokens):
-    table = np.asarray(params["embed"])
-    return llama.scaled(config, table[tokens], table.dtype)
+    found = params["embed"][np.asarray(tokens)]
+    return llama.scaled(config, np.asarray(found), found.dtype)
 
 
 @partial(jax.jit, static_argnums=0)

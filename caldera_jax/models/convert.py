@@ -27,13 +27,14 @@ from tqdm import tqdm
 from caldera_jax.models import data, families, files, llama, tokenizer
 from caldera_jax.models.configuration import config_from_hf, config_to_hf, number, size
 from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, Params
-from caldera_jax.models.weights import Model, Tensor, assemble, by_tensor
+from caldera_jax.models.weights import Model, Table, Tensor, assemble, by_tensor
 
 # What GGUF files of other architectures compute, too, and the values that change nothing.
 _IDLE = {"expert_count": (0,), "use_parallel_residual": (False,), "attention.causal": (True,)}
 _IDLE |= {name: (0, 1) for name in ("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor")}
 _IDLE |= {name: (0,) for name in ("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias",
                                   "attn_logit_softcapping", "final_logit_softcapping")}
+STEP = 1024  # rows of a table that are read at a time
 _PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")  # the first of several
 
 GGUF = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
@@ -164,7 +165,7 @@ def _tensors(config: LlamaConfig, names: dict[str, str], params: Params
     table, tensors = (config.vocab, config.dim), by_tensor(config, names)
     for part, shape in {"embed": table, "norm": (config.dim,), "head": table}.items():
         if part != "head" or not config.tied:
-            yield names[part], shape, partial(params.__getitem__, part)
+            yield names[part], shape, partial(lambda part: np.asarray(params[part]), part)
     for i, block in enumerate(tqdm(params["blocks"], "writing", unit="block", leave=False, disable=None)):
         yield from ((name.format(i), shape, partial(_stacked, block, parts))
                     for name, (shape, parts) in tensors.items())
@@ -239,9 +240,28 @@ def _open_safetensors(directory):
     return tensors
 
 
+def arrays(path: Path) -> Params:
+    """What ``files.write_arrays`` wrote, but that embedding and head stay in the file; raises as ``read_arrays``."""
+    try:
+        with safe_open(path, "np") as opened:
+            headers = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {name: opened.get_tensor(name) for name in headers if name not in ("embed", "head")}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: missing or not a safetensors file ({error})") from error
+    return found | {name: Table(Tensor(tuple(headers[name].get_shape()), headers[name].get_dtype(),
+                                       partial(_read_safetensors, path, name)))
+                    for name in headers.keys() - found.keys()}
+
+
 def _read_safetensors(file, name, rows=None):
     with safe_open(file, "np") as opened:  # opened anew, so that no page of the file stays mapped
-        return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+        if rows is None:
+            return opened.get_tensor(name)
+        whole = opened.get_slice(name)
+        if isinstance(rows, slice):
+            return whole[rows]
+        parts = np.split(rows, np.flatnonzero(np.diff(rows // STEP)) + 1)  # it takes slices alone
+        return np.concatenate([whole[int(part[0]):int(part[-1]) + 1][part - part[0]] for part in parts])
 
 
 # ---- GGUF
@@ -316,15 +336,16 @@ def from_gguf(reader: GGUFReader) -> tuple[LlamaConfig, Params]:
     return config, assemble(config, GGUF, tensors, "the GGUF file")
 
 
-def _dense(tensor):
-    """The tensor as floating-point numbers, some rows at a time: dequantizing takes several times the result."""
-    data, kind = tensor.data, tensor.tensor_type
+def _dense(tensor, rows=None):
+    """The tensor, or rows of it, as floating-point numbers, some at a time: dequantizing takes several times the
+    result."""
+    data, kind = tensor.data if rows is None else tensor.data[rows], tensor.tensor_type
     try:
         if kind.name in ("F32", "F16"):
             return np.array(data)
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        if len(shape) == 1:
+        if len(tensor.shape) == 1:
             return dequantize(data, kind)
+        shape = (*data.shape[:-1], int(tensor.shape[0]))
         value, step = np.empty(shape, np.float32), max(1, 2**20 // shape[-1])
         for i in range(0, len(data), step):
             value[i:i + step] = dequantize(data[i:i + step], kind)
@@ -332,7 +353,7 @@ def _dense(tensor):
     except NotImplementedError as error:
         raise ValueError(f"GGUF tensor {tensor.name}: type {kind.name} cannot be dequantized") from error
     finally:
-        mapped = getattr(data, "_mmap", None)
+        mapped = getattr(tensor.data, "_mmap", None)
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)  # the pages of the file count as memory of this process
 

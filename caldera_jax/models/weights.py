@@ -1,10 +1,12 @@
 """Weights that stay in their files until they are asked for, so that a model need not fit in memory."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Int, Shaped
 from tokenizers import Tokenizer
 
 from caldera_jax.models import llama
@@ -12,11 +14,33 @@ from caldera_jax.models.llama import LlamaConfig, Params
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: what its header says, and how to read it, or the rows of a slice."""
+    """A tensor of a file: what its header says, and how to read it, or rows of it: a slice, or rising indices."""
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[..., np.ndarray]
+
+
+class Table:
+    """An embedding or a head [v, d] that stays in its file: ``table[tokens]`` reads those of the tokens,
+    ``np.asarray(table)`` all, and so does what JAX is given it for."""
+
+    def __init__(self, tensor: Tensor):
+        self.shape, self._read = tensor.shape, tensor.read
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        return self[np.zeros(1, int)].dtype
+
+    def __getitem__(self, tokens: Int[np.ndarray, "*batch"]) -> Shaped[np.ndarray, "*batch d"]:
+        some, places = np.unique(tokens, return_inverse=True)
+        return self._read(some if len(some) else slice(0))[places.reshape(tokens.shape)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._read(), dtype)
+
+
+jax.tree_util.register_pytree_node(Table, lambda table: ([np.asarray(table)], None), lambda _, read: read[0])
 
 
 class Model(NamedTuple):
@@ -64,8 +88,8 @@ def last(params: Params) -> Params:
 
 
 def whole(params: Params) -> Params:
-    """The params with every block in memory, as a pytree."""
-    return params | {"blocks": [dict(block) for block in params["blocks"]]}
+    """The params with all in memory, as a pytree."""
+    return jax.tree.map(lambda leaf: leaf, rest(params)) | {"blocks": [dict(block) for block in params["blocks"]]}
 
 
 def by_tensor(config: LlamaConfig, names: dict[str, str]) -> dict[str, tuple[tuple[int, ...], dict[str, slice]]]:
@@ -81,7 +105,7 @@ def assemble(config: LlamaConfig, names: dict[str, str], tensors: dict[str, Tens
     """The params tree from ``tensors`` (emptied on the way), every one of which must be used and of the right shape.
 
     ``names``: part of the tree -> tensor, with ``{}`` for the block's index; parts with one name are its rows, one
-    below the other.  Embedding, norm and head are read.
+    below the other.
     """
 
     def take(name, shape):
@@ -92,20 +116,20 @@ def assemble(config: LlamaConfig, names: dict[str, str], tensors: dict[str, Tens
             raise ValueError(f"{source}: tensor {name} has shape {tensor.shape}, the configuration asks for {shape}")
         if tensor.dtype not in ("F16", "BF16", "F32", "F64"):
             raise ValueError(f"{source}: tensor {name} is {tensor.dtype}; floating-point weights of 16+ bits needed")
-        return tensor.read
+        return tensor
 
     def block(index):
         found = {}
         for name, (shape, parts) in tensors_of_block.items():
-            read = take(name.format(index), shape)
+            read = take(name.format(index), shape).read
             found |= {part: partial(read, rows) if len(parts) > 1 else read for part, rows in parts.items()}
         return Block(found)
 
     tensors_of_block, table = by_tensor(config, names), (config.vocab, config.dim)
-    others = {"embed": take(names["embed"], table), "norm": take(names["norm"], (config.dim,))}
-    others |= {} if config.tied else {"head": take(names["head"], table)}
+    norm, tables = take(names["norm"], (config.dim,)), ("embed",) if config.tied else ("embed", "head")
+    others = {name: take(names[name], table) for name in tables}
     blocks = [block(index) for index in range(config.layers)]
     if tensors:
         names = ", ".join(sorted(tensors)[:5])
         raise ValueError(f"{source}: {len(tensors)} tensors that this architecture does not use: {names}, ...")
-    return {name: read() for name, read in others.items()} | {"blocks": blocks}
+    return {name: Table(tensor) for name, tensor in others.items()} | {"norm": norm.read(), "blocks": blocks}
