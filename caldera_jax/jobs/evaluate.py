@@ -120,12 +120,12 @@ def _grouped(function, count, config, models, windows, batch, title):
         raise ValueError(f"perplexity needs windows of at least 2 tokens, got {windows.shape[1]}")
     step = group(config, windows.shape[1], len(models))
     parts = [windows[i:i + step] for i in range(0, len(windows), step)]
-    steps = len(parts) * sum(len(params["blocks"]) for params in models)
+    steps = len(windows) * (1 + sum(len(params["blocks"]) for params in models))  # the last: the head
     found = []
-    with tqdm(total=steps, desc=title, disable=title is None or spread.rank() > 0, unit="block", leave=False) as bar:
+    with tqdm(total=steps, desc=title, disable=title is None or spread.rank() > 0, unit="window", leave=False) as bar:
         for part in parts:
             streams = [_streams(config, params, part, batch, bar) for params in models]
-            found.append(_each(function, count, config, models, streams, part))
+            found.append(_each(function, count, config, models, streams, part, bar))
             del streams  # before the next are made
     return np.concatenate(found)
 
@@ -135,7 +135,7 @@ def _streams(config, params, windows, batch, bar) -> Streams:
     streams = calibration.embed(config, params, windows)
     for index, block in enumerate(params["blocks"]):
         calibration.run_block(config.at(index), block, streams, batch)
-        bar.update()
+        bar.update(len(windows))
         if not all(np.isfinite(shard).all() for device in streams for shard in device):
             raise ValueError(f"blocks.{index}: its output holds NaN or infinite values: the weights overflow")
     return streams
@@ -148,7 +148,7 @@ def _finite(losses):
 
 
 def _each(function: Callable[..., Any], count: int, config: LlamaConfig, models: Sequence[Params],
-          streams: Sequence[Streams], windows: Int[np.ndarray, "w s"]) -> Float[np.ndarray, "w c t"]:
+          streams: Sequence[Streams], windows: Int[np.ndarray, "w s"], bar: tqdm) -> Float[np.ndarray, "w c t"]:
     """What function(config, models, the streams of one window, its tokens) -> [c, s - 1] finds, of all windows; c is
     ``count``.
 
@@ -164,6 +164,7 @@ def _each(function: Callable[..., Any], count: int, config: LlamaConfig, models:
             for i, window in enumerate(range(where.start, where.stop)):
                 of_window = [hidden[i:i + 1] for hidden in shard]
                 found[window] = function(config, placed, of_window, windows[window:window + 1])
+                bar.update(spread.count())
 
     own = spread.own_shards(len(windows))
     spread.on_devices(run, [list(zip(*parts, strict=True)) for parts in zip(own, *streams, strict=True)])

@@ -94,10 +94,12 @@ def curves(job: Work, g: Outputs, calibrate: Callable[[int], None], drop: Callab
     """
     config, found = job.config, {}
     size, number = llama.block_weights(job.model.config), count(job.config, job.model.config)
-    bar = job.bar("measure", range(number), leave=False)
+    missing = [index for index in range(number) if not spread.first(
+        all(job.run.recall(f"{path}.curve") is not None for path in job.paths([index])))]
+    bar = job.bar("measure", missing + 2 * [index for index in missing if index == 0], leave=False)
     for index in range(number):
         own = job.paths([index])
-        if not spread.first(all(job.run.recall(f"{path}.curve") is not None for path in own)):
+        if index in missing:
             calibrate(index)
             with job.clock.stage("measure"):
                 for name in ("curve",) if index else ("guess0", "guess1", "curve"):
