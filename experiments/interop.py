@@ -74,6 +74,7 @@ def quantize(name: str, kind: str, windows: int = 64) -> None:
         asked = llama_cpp.llama_model_quantize_default_params()
         asked.ftype, asked.pure = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), not mixed
         asked.allow_requantize, asked.imatrix = True, entries
+        asked.output_tensor_type = asked.token_embedding_type = llama_cpp.GGML_TYPE_Q8_0  # read, and not used
         with TemporaryDirectory() as folder:
             out = Path(folder) / "model.gguf"
             if llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), asked):
