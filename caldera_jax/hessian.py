@@ -17,8 +17,8 @@ class Moments(NamedTuple):
     """Running sum of x xᵀ and the number of tokens; ``error`` holds what rounding took from ``sum``, ``peak`` the
     largest squared norm of a token, over the median of its window; ``energy`` the sum of all squared norms, not
     capped, and ``ordinary`` what it would be if all had the median of their window; ``seen`` the number of tokens that
-    are not zero: of an expert's inputs, those that are routed to it.  Of more than TILE inputs, squares of TILE below
-    the diagonal are left zero: ``mean`` mirrors the others."""
+    are not zero: of an expert's inputs, those that are routed to it.  Beyond TILE inputs only the
+    tiles on and above the diagonal are summed; ``mean`` mirrors them."""
 
     sum: Float[Array, "n n"]
     error: Float[Array, "n n"]
@@ -61,9 +61,10 @@ def update(moments: Moments, x: Float[Array, "*batch n"], cap: float | Float[Arr
     ratio = jnp.where(middle > 0, ratio, jnp.ones_like(ratio))  # all tokens are zero: nothing to compare with
     cap = jnp.asarray(cap, ratio.dtype)
     rows = (rows * jnp.where(ratio > cap, jnp.sqrt(cap / ratio), jnp.ones_like(ratio))).reshape(-1, x.shape[-1])
-    gram = jnp.concatenate([  # from the diagonal on: XᵀX is symmetric
-        jnp.pad(jnp.matmul(rows[:, i:i + TILE].T, rows[:, i:], precision=lax.Precision.HIGHEST), ((0, 0), (i, 0)))
-        for i in range(0, rows.shape[1], TILE)])
+    gram = jnp.zeros_like(moments.sum)
+    for i in range(0, rows.shape[1], TILE):  # from the diagonal on: XᵀX is symmetric
+        part = jnp.matmul(rows[:, i:i + TILE].T, rows[:, i:], precision=lax.Precision.HIGHEST)
+        gram = gram.at[i:i + TILE, i:].set(part)
     return merge(moments, Moments(gram, jnp.zeros_like(gram), jnp.asarray(len(rows), jnp.int32), jnp.max(ratio),
                                   jnp.sum(norms), jnp.sum(jnp.where(norms > 0, middle, 0)),
                                   jnp.sum(norms > 0, dtype=jnp.int32)))

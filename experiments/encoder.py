@@ -34,8 +34,10 @@ Params = Mapping[str, np.ndarray]  # as the file names them
 def opened() -> tuple[Params, Tokenizer]:
     """The weights and the tokenizer, fetched at first use."""
     with zipfile.ZipFile(data.fetch(SOURCE, data.cache_directory())) as archive:
-        return (load(archive.read(f"{NAME}/model.safetensors")),
-                Tokenizer.from_str(archive.read(f"{NAME}/tokenizer.json").decode()))
+        tokenizer = Tokenizer.from_str(archive.read(f"{NAME}/tokenizer.json").decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return load(archive.read(f"{NAME}/model.safetensors")), tokenizer
 
 
 def weight(block: int, layer: str) -> np.ndarray:

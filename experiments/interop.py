@@ -11,7 +11,9 @@ keys and values are float32, so what differs is the rounding of two programs.
 
 import ctypes
 import importlib.util
+import math
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,8 +61,10 @@ def quantize(name: str, kind: str, windows: int = 64) -> None:
     """A built-in's own GGUF file at fewer bits by llama.cpp, with an importance matrix of the text that `compress`
     calibrates on, all linear layers of one type ("pure") and mixed as llama.cpp does; each evaluated here, with the
     embedding and head of the model."""
-    import llama_cpp
-
+    llama_cpp = _llama_cpp()
+    if not hasattr(llama_cpp, of := f"LLAMA_FTYPE_MOSTLY_{kind}"):
+        raise SystemExit(f"llama.cpp knows no type {kind!r}: choose from " + ", ".join(
+            name.rpartition("MOSTLY_")[2] for name in dir(llama_cpp) if name.startswith("LLAMA_FTYPE_MOSTLY_")))
     path, model = data.fetch_model(name), convert.load(name)
     importance = squares(model, data.windows_beside(model, data.Tokens("enwiki", windows, 512), "", "calibration"))
     held_out = {text: data.windows_beside(model, data.Tokens(text, 32, 512), "enwiki", "evaluation")
@@ -72,7 +76,7 @@ def quantize(name: str, kind: str, windows: int = 64) -> None:
     found = {}
     for mixed in (False, True):
         asked = llama_cpp.llama_model_quantize_default_params()
-        asked.ftype, asked.pure = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), not mixed
+        asked.ftype, asked.pure = getattr(llama_cpp, of), not mixed
         asked.allow_requantize, asked.imatrix = True, entries
         asked.output_tensor_type = asked.token_embedding_type = llama_cpp.GGML_TYPE_Q8_0  # read, and not used
         with TemporaryDirectory() as folder:
@@ -86,21 +90,22 @@ def quantize(name: str, kind: str, windows: int = 64) -> None:
             rows = {}
             for text, tokens in held_out.items():
                 compared = evaluate.compare(model.config, model.params, params, tokens, title=text)
-                rows[text] = {"perplexity": float(np.exp(np.mean(compared.loss))),
-                              "dense": float(np.exp(np.mean(compared.base_loss))),
-                              "divergence": float(np.mean(compared.divergence))}
+                base, loss, divergence = (evaluate.mean(x)[0] for x in (compared.base_loss, compared.loss,
+                                                                        compared.divergence))
+                rows[text] = {"base_perplexity": math.exp(base), "perplexity": math.exp(loss), "lost": loss - base,
+                              "divergence": divergence}
                 print(f"{'mixed' if mixed else 'pure'}, {bits:.4f} bits, {text}: {rows[text]}")
             found["mixed" if mixed else "pure"] = {
                 "bits_per_weight": bits, "file_bytes": out.stat().st_size,
-                "types": {kind: sum(t.tensor_type.name == kind for t in linear)
-                          for kind in sorted({t.tensor_type.name for t in linear})}, **rows}
+                "types": Counter(sorted(t.tensor_type.name for t in linear)), **rows}
     config = {"model": name, "type": kind, "windows": windows, "window": 512,
               "llama_cpp_python": llama_cpp.__version__}
     files.write_json(RESULT.with_name(f"interop_{name}_{kind}.json"), {**report.provenance(config, 0), **found})
 
 
 def squares(model: convert.Model, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The mean square of each input of each linear layer, by the name of its tensor."""
+    """The mean square of each input of each linear layer, by the name of its tensor; not from Moments, whose products
+    would take longer than the rest."""
     @partial(jax.jit, static_argnums=0)
     def forward(config, block, x):
         y, inputs = llama.block(config, block, x, jnp.arange(x.shape[1]))
@@ -118,17 +123,19 @@ def squares(model: convert.Model, tokens: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def main(directory: str | None = None) -> None:
+def _llama_cpp():
     if importlib.util.find_spec("llama_cpp") is None:
         raise SystemExit("interop.py needs llama.cpp: pip install llama-cpp-python")
-    from llama_cpp import Llama
-    from llama_cpp import __version__ as version
+    return importlib.import_module("llama_cpp")
 
+
+def main(directory: str | None = None) -> None:
+    llama_cpp = _llama_cpp()
     model = convert.load("smollm2-135m") if directory is None else artifact.load(directory)
     rows = []
     with TemporaryDirectory() as folder:
         export.export(model, "gguf", Path(folder) / "model.gguf", "float32")
-        theirs = Llama(str(Path(folder) / "model.gguf"), n_ctx=512, logits_all=True, type_k=0, type_v=0,
+        theirs = llama_cpp.Llama(str(Path(folder) / "model.gguf"), n_ctx=512, logits_all=True, type_k=0, type_v=0,
                        verbose=False)  # keys and values in float32
         for text in TEXTS:
             ids = tokenizer.prompt(model.tokenizer, text)
@@ -144,7 +151,7 @@ def main(directory: str | None = None) -> None:
             print(f"{text!r}: {len(ids)} tokens, {'the same' if same else 'OTHERS'}; probabilities differ by at most "
                   f"{rows[-1]['largest_difference']:.1e}, the likeliest is the same in "
                   f"{rows[-1]['same_likeliest']:.0%}")
-    config = {"model": model.name, "compressed": directory is not None, "llama_cpp_python": version}
+    config = {"model": model.name, "compressed": directory is not None, "llama_cpp_python": llama_cpp.__version__}
     files.write_json(RESULT, {**report.provenance(config, 0), "texts": rows})
     if bad := [row["text"] for row in rows if not row["same_tokens"] or row["largest_difference"] > MOST]:
         raise SystemExit(f"llama.cpp differs from the model that was exported on {bad}")

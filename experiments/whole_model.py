@@ -56,12 +56,16 @@ def path_of(name: str) -> Path:
 
 
 def record(name: str) -> dict[str, Any]:
-    """A run's report; ValueError where it is missing or of another configuration."""
-    command = f"python experiments/{Path(__file__).name} {name}"
-    if not (path := path_of(name)).is_file():
+    """A run's report; raises as ``checked``."""
+    return checked(path_of(name), config(name), f"python experiments/{Path(__file__).name} {name}")
+
+
+def checked(path: Path, of: RunConfig, command: str) -> dict[str, Any]:
+    """A report; ValueError where it is missing or of another configuration, with the command that makes it."""
+    if not path.is_file():
         raise ValueError(f"{path.name} is missing: {command}")
     found = files.read_json(path)
-    if recorded(found["config"]) != config(name):
+    if recorded(found["config"]) != of:
         raise ValueError(f"{path.name} is of another configuration: delete it, then {command}")
     return found
 

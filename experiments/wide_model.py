@@ -2,25 +2,28 @@
 
     python experiments/wide_model.py [NAME ...]      # all; finished ones are skipped, interrupted ones go on
 
-Each run is one `caldera compress`, calibrated on Wikipedia; its report goes to results/wide_model_NAME.json, with what
-is lost on held-out program text, the model's own domain.  The Moments of all blocks are kept for the next run: 36 GB of
-disk.  E8P at 2.2 and 2.4 bits is not asked for: CALDERA spends these bits on L R.
+Each run is what `caldera compress` does, calibrated on Wikipedia, in a process of its own; its report goes to
+results/wide_model_NAME.json, with what is lost on held-out program text, the model's own domain.  The Moments of all
+blocks are kept for the next run: 36 GB of disk.  E8P at 2.2 and 2.4 bits is not asked for: CALDERA spends these bits on
+L R.
 """
 
 import json
+import math
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import drawing
-import numpy as np
+from whole_model import checked
 
 from caldera_jax.jobs import evaluate, explain
 from caldera_jax.jobs.compress import compress
 from caldera_jax.jobs.presets import PRESETS
-from caldera_jax.jobs.settings import RunConfig, recorded
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.levels import LevelConfig
 from caldera_jax.models import data, files
 
@@ -43,14 +46,8 @@ def path_of(name: str) -> Path:
 
 
 def record(name: str) -> dict[str, Any]:
-    """A run's report; ValueError where it is missing or of another configuration."""
-    command = f"python experiments/{Path(__file__).name} {name}"
-    if not (path := path_of(name)).is_file():
-        raise ValueError(f"{path.name} is missing: {command}")
-    found = files.read_json(path)
-    if recorded(found["config"]) != RUNS[name]:
-        raise ValueError(f"{path.name} is of another configuration: delete it, then {command}")
-    return found
+    """A run's report; raises as ``whole_model.checked``."""
+    return checked(path_of(name), RUNS[name], f"python experiments/{Path(__file__).name} {name}")
 
 
 def run(name: str) -> None:
@@ -62,10 +59,10 @@ def run(name: str) -> None:
     tokens = data.windows_beside(model, replace(config.evaluation, text="python"), config.calibration.text,
                                  "evaluation")
     found = evaluate.compare(model.config, base.params, model.params, tokens, title="program text")
+    dense, loss, divergence = (evaluate.mean(x)[0] for x in (found.base_loss, found.loss, found.divergence))
     files.write_json(path_of(name), report | {"python": {
-        "base_perplexity": float(np.exp(np.mean(found.base_loss, dtype=np.float64))),
-        "compressed_perplexity": float(np.exp(np.mean(found.loss, dtype=np.float64))),
-        "divergence": float(np.mean(found.divergence, dtype=np.float64)), "tokens": found.loss.size}})
+        "base_perplexity": math.exp(dense), "compressed_perplexity": math.exp(loss), "lost": loss - dense,
+        "divergence": divergence, "evaluated_tokens": found.loss.size}})
     shutil.rmtree(out)  # most of it the dense embedding
 
 
@@ -73,7 +70,10 @@ def main(names: list[str]) -> None:
     if unknown := [name for name in names if name not in RUNS]:
         raise ValueError(f"no run is called {unknown[0]!r}: choose from {', '.join(RUNS)}")
     for name in names or RUNS:
-        run(name)
+        if len(names) == 1:
+            run(name)
+        else:  # in a process of its own, whose memory is this run's
+            subprocess.run([sys.executable, __file__, name], check=True, stdout=subprocess.DEVNULL)
         row = record(name)
         print(json.dumps({"run": name, **{key: row[key] for key in (
             "base_perplexity", "compressed_perplexity", "bits_per_weight", "python")},
@@ -83,5 +83,5 @@ def main(names: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"wide_model.py: {error}")

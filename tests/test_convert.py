@@ -382,7 +382,21 @@ def test_rows_of_embedding_and_head_are_read_as_they_are_in_the_whole(tmp_path, 
         assert table.dtype == whole.dtype
         for tokens in (np.asarray(TOKENS), np.array([49, 0, 7, 8, 49]), np.zeros((0, 5), int)):
             np.testing.assert_array_equal(table[tokens], whole[tokens])
-        assert isinstance(jax.device_put(table), jax.Array)
+        assert table.nbytes == whole.nbytes
+        for bad in ([50], [3, -1]):
+            with pytest.raises(IndexError, match="of an embedding or head of 50 rows"):
+                table[np.array(bad)]
+
+
+def test_a_file_that_is_replaced_or_gone_is_named_not_read(tmp_path):
+    convert.save_hf(tmp_path, PLAIN, make(PLAIN))
+    _, params = convert.from_hf(tmp_path)
+    files = list(tmp_path.glob("*.safetensors"))
+    for change in (lambda file: file.write_bytes(file.read_bytes() + b" "), lambda file: file.unlink()):
+        change(files[0])
+        for read in (lambda: params["embed"][np.array([1])], lambda: params["blocks"][0]["q"]):
+            with pytest.raises(ValueError, match="gone or replaced since the model was opened"):
+                read()
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "BF16", "F16"])

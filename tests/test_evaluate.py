@@ -202,3 +202,9 @@ def test_the_standard_error_is_that_of_the_mean_of_means_and_covers_the_truth_wh
         trials.append(m / error)
     # z has unit variance: 400 draws estimate it to sqrt(2 / 400) = 0.07; four of those, and some for w = 400
     assert abs(np.var(trials) - 1) < 4 * np.sqrt(2 / 400) + 0.01
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_a_token_beyond_the_vocabulary_is_refused_not_taken_for_another(base, array):
+    with pytest.raises(IndexError, match="50"):
+        evaluate.perplexity(CONFIG, base | {"embed": array(base["embed"])}, np.array([[50, 1, 3, 4]], np.int32))

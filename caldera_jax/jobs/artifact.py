@@ -389,7 +389,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def load(directory: str | Path) -> Model:
     """A compressed model, every file checked against its SHA-256; ValueError naming what is missing or damaged.
 
-    Its blocks stay on the disk, as those of ``convert.load``.
+    Embedding, head and blocks stay on the disk, as those of ``convert.load``.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -474,7 +474,7 @@ def _arrays(path: Path, name: str) -> dict[str, np.ndarray]:
 
 def model_bytes(params: Params) -> int:
     """Bytes of every array of a model, compressed or dense."""
-    parts = [weights.rest(params), *params["blocks"]]
+    parts = [{name: value for name, value in params.items() if name != "blocks"}, *params["blocks"]]
     return sum(leaf.nbytes for part in parts for leaf in jax.tree.leaves(dict(part)))
 
 

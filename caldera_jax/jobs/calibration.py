@@ -35,8 +35,9 @@ def embed(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"]) -
 
 
 def _streams(config, params, tokens):
-    found = params["embed"][np.asarray(tokens)]
-    return llama.scaled(config, np.asarray(found), found.dtype)
+    table = params["embed"]
+    table = table if isinstance(table, weights.Table) else np.asarray(table)
+    return llama.scaled(config, table[tokens], table.dtype)
 
 
 @partial(jax.jit, static_argnums=0)

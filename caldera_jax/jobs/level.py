@@ -96,7 +96,7 @@ def curves(job: Work, g: Outputs, calibrate: Callable[[int], None], drop: Callab
     size, number = llama.block_weights(job.model.config), count(job.config, job.model.config)
     missing = [index for index in range(number) if not spread.first(
         all(job.run.recall(f"{path}.curve") is not None for path in job.paths([index])))]
-    bar = job.bar("measure", missing + 2 * [index for index in missing if index == 0], leave=False)
+    bar = job.bar("measure", [0, 0] * (0 in missing) + missing, leave=False)  # the first is measured three times
     for index in range(number):
         own = job.paths([index])
         if index in missing:

@@ -2,8 +2,8 @@
 
 Directories hold any family of ``families``, GGUF files Llama, Mistral and Qwen2.  Arrays are NumPy arrays in the type
 of the file (bfloat16 through ml_dtypes; quantized GGUF types become float32).
-Embedding, last norm and head are read at once; a block is a ``weights.Block``, which reads a weight each time it is
-asked for it, so that a model need not fit in memory. Nothing is guessed: a tensor that is missing, left over or of the
+Embedding and head are each a ``weights.Table``, a block is a ``weights.Block``: they read what is asked for each time
+it is, so that a model need not fit in memory. Nothing is guessed: a tensor that is missing, left over or of the
 wrong shape, and any option of the model that ``llama`` does not compute, is a ValueError.
 """
 
@@ -165,7 +165,7 @@ def _tensors(config: LlamaConfig, names: dict[str, str], params: Params
     table, tensors = (config.vocab, config.dim), by_tensor(config, names)
     for part, shape in {"embed": table, "norm": (config.dim,), "head": table}.items():
         if part != "head" or not config.tied:
-            yield names[part], shape, partial(lambda part: np.asarray(params[part]), part)
+            yield names[part], shape, partial(params.__getitem__, part)
     for i, block in enumerate(tqdm(params["blocks"], "writing", unit="block", leave=False, disable=None)):
         yield from ((name.format(i), shape, partial(_stacked, block, parts))
                     for name, (shape, parts) in tensors.items())
@@ -228,9 +228,7 @@ def _open_safetensors(directory):
                     if found.setdefault(name, file) != file:
                         raise ValueError(f"{directory}: tensor {name} is in {found[name]} and in {file}: remove the "
                                          "file that is not of this model")
-                    header = opened.get_slice(name)
-                    read = partial(_read_safetensors, directory / file, name)
-                    tensors[name] = Tensor(tuple(header.get_shape()), header.get_dtype(), read)
+                    tensors[name] = _tensor(directory / file, opened, name)
         except SafetensorError as error:
             raise ValueError(f"{directory / file}: damaged safetensors file ({error}); download it again") from error
     for name, file in listed.items():
@@ -244,16 +242,22 @@ def arrays(path: Path) -> Params:
     """What ``files.write_arrays`` wrote, but that embedding and head stay in the file; raises as ``read_arrays``."""
     try:
         with safe_open(path, "np") as opened:
-            headers = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            found = {name: opened.get_tensor(name) for name in headers if name not in ("embed", "head")}
+            tensors = {name: _tensor(path, opened, name) for name in opened.keys()}  # noqa: SIM118
+        return {name: Table(tensor) if name in ("embed", "head") and len(tensor.shape) == 2 and tensor.shape[0] else
+                tensor.read() for name, tensor in tensors.items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: missing or not a safetensors file ({error})") from error
-    return found | {name: Table(Tensor(tuple(headers[name].get_shape()), headers[name].get_dtype(),
-                                       partial(_read_safetensors, path, name)))
-                    for name in headers.keys() - found.keys()}
 
 
-def _read_safetensors(file, name, rows=None):
+def _tensor(path, opened, name):
+    header = opened.get_slice(name)
+    return Tensor(tuple(header.get_shape()), header.get_dtype(),
+                  partial(_read_safetensors, path, files.stamp(path), name))
+
+
+def _read_safetensors(file, stamp, name, rows=None):
+    if files.stamp(file) != stamp:
+        raise ValueError(f"{file}: gone or replaced since the model was opened: restore it, or start again")
     with safe_open(file, "np") as opened:  # opened anew, so that no page of the file stays mapped
         if rows is None:
             return opened.get_tensor(name)

@@ -36,6 +36,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: missing or not a safetensors file ({error})") from error
 
 
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What is another once a file was replaced: its time and size; None where there is none."""
+    found = path.stat() if path.is_file() else None
+    return found and (found.st_mtime_ns, found.st_size)
+
+
 def whole(path: Path) -> bool:
     """Whether a safetensors file is there and as long as its header says."""
     try:

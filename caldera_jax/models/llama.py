@@ -438,8 +438,7 @@ def cached_block(
 
 def head(config: LlamaConfig, params: Params, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
     """Logits from the last residual stream."""
-    table = jax.tree.map(jnp.asarray, params["embed" if config.tied else "head"])
-    logits = apply(table, rms_norm(config, params["norm"], x))
+    logits = apply(params["embed" if config.tied else "head"], rms_norm(config, params["norm"], x))
     return _capped(logits if config.logit_divisor == 1 else logits / config.logit_divisor, config.logit_cap)
 
 

@@ -1,10 +1,9 @@
 """Weights that stay in their files until they are asked for, so that a model need not fit in memory."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 from tokenizers import Tokenizer
@@ -22,25 +21,25 @@ class Tensor(NamedTuple):
 
 
 class Table:
-    """An embedding or a head [v, d] that stays in its file: ``table[tokens]`` reads those of the tokens,
-    ``np.asarray(table)`` all, and so does what JAX is given it for."""
+    """An embedding or a head [v, d] that stays in its file: ``table[tokens]`` reads the rows of the tokens,
+    ``np.asarray(table)`` all.  IndexError for a token without one."""
 
     def __init__(self, tensor: Tensor):
         self.shape, self._read = tensor.shape, tensor.read
-
-    @cached_property
-    def dtype(self) -> np.dtype:
-        return self[np.zeros(1, int)].dtype
+        self.dtype = self[np.zeros(1, int)].dtype
 
     def __getitem__(self, tokens: Int[np.ndarray, "*batch"]) -> Shaped[np.ndarray, "*batch d"]:
         some, places = np.unique(tokens, return_inverse=True)
+        if len(some) and not 0 <= some[0] <= some[-1] < self.shape[0]:
+            raise IndexError(f"tokens {some[0]} to {some[-1]} of an embedding or head of {self.shape[0]} rows")
         return self._read(some if len(some) else slice(0))[places.reshape(tokens.shape)]
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self._read(), dtype)
-
-
-jax.tree_util.register_pytree_node(Table, lambda table: ([np.asarray(table)], None), lambda _, read: read[0])
 
 
 class Model(NamedTuple):
@@ -78,18 +77,22 @@ class Block(Mapping):
 
 
 def rest(params: Params) -> Params:
-    """The params without the blocks: embedding, last norm, and what else there is."""
-    return {name: value for name, value in params.items() if name != "blocks"}
+    """The params without the blocks, in memory: embedding, last norm, and what else there is."""
+    return {name: _held(value) for name, value in params.items() if name != "blocks"}
 
 
 def last(params: Params) -> Params:
-    """What ``llama.head`` needs: the last norm, and the head, or the embedding where that is the head."""
-    return {name: params[name] for name in ("norm", "head" if "head" in params else "embed")}
+    """What ``llama.head`` needs, in memory: the last norm, and the head, or the embedding where that is the head."""
+    return {name: _held(params[name]) for name in ("norm", "head" if "head" in params else "embed")}
 
 
 def whole(params: Params) -> Params:
     """The params with all in memory, as a pytree."""
-    return jax.tree.map(lambda leaf: leaf, rest(params)) | {"blocks": [dict(block) for block in params["blocks"]]}
+    return rest(params) | {"blocks": [dict(block) for block in params["blocks"]]}
+
+
+def _held(value):
+    return np.asarray(value) if isinstance(value, Table) else value
 
 
 def by_tensor(config: LlamaConfig, names: dict[str, str]) -> dict[str, tuple[tuple[int, ...], dict[str, slice]]]:
