@@ -74,7 +74,8 @@ def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Stre
     """The Moments of a block's inputs over all windows, by the names of ``llama.input_of``; on every process.
 
     Layers with the same input share them: q, k, v and gate, up.  An expert's are over all tokens, too: H is the second
-    moment of those routed to it times their share, as its Fisher information is.
+    moment of those routed to it times their share, as its Fisher information is; of one that none is routed to, I times
+    the mean of its like.
     ``advance``: take the streams through the block, in place.  O(tokens n²) an input beside the forward pass; memory of
     log₂ SHARDS + 1 = 4 Moments an input, of all experts at once.
     """
@@ -94,7 +95,21 @@ def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Stre
 
     parts = [jax.device_put(part, jax.local_devices()[0]) for part in spread.on_devices(run, streams)]
     own = spread.fold(parts, _merge) if parts else _zero(config)
-    return own if spread.count() == 1 else {name: _over_processes(moments) for name, moments in own.items()}
+    return _unasked(own if spread.count() == 1 else {name: _over_processes(moments) for name, moments in own.items()})
+
+
+def _unasked(moments: dict[str, Moments]) -> dict[str, Moments]:
+    """With H of an expert that no token asked a multiple of I, as large as those of its like: other texts may ask it."""
+    found, energies = dict(moments), {}
+    for name, of in moments.items():
+        if "_" in name and of.seen > 0:
+            energies.setdefault(llama.kind_of(name), []).append(of.energy)
+    for name, of in moments.items():
+        if "_" in name and of.seen == 0 and (like := energies.get(llama.kind_of(name))):
+            energy = jnp.mean(jnp.stack(like))
+            found[name] = of._replace(sum=energy / len(of.sum) * jnp.eye(len(of.sum), dtype=of.sum.dtype),
+                                      energy=energy, ordinary=energy)
+    return found
 
 
 def _over_processes(own: Moments) -> Moments:

@@ -203,8 +203,7 @@ def few_lines(r: dict[str, Any]) -> list[str]:
         return []
     experts = len({(row["path"].split(".")[1], row["path"].split("_")[1]) for row in found})
     few = f"{least['tokens']} tokens for {least['shape'][1]} inputs"
-    zeros = ", so that it is all zeros" if least["tokens"] == 0 and "level" in r else ""
-    return [f"  few tokens        {least['path']}: {few}{zeros} ({experts} expert{'s have' if experts > 1 else ' has'} "
+    return [f"  few tokens        {least['path']}: {few} ({experts} expert{'s have' if experts > 1 else ' has'} "
             "fewer than inputs): give more --calibration-windows"]
 
 
