@@ -220,7 +220,8 @@ def test_h_of_an_expert_is_that_of_its_tokens_times_how_often_it_is_asked(config
 def test_an_expert_that_no_token_asks_has_the_mean_energy_of_its_like_in_every_direction():
     rng = np.random.default_rng(0)
     sizes = {"qkv": 5, "up_0": 5, "up_1": 5, "up_2": 5, "down_0": 3, "down_1": 3, "down_2": 3}
-    moments = {name: hessian.update(hessian.zero(n, jnp.float64), rng.normal(size=(2, 20, n)) * ("_1" not in name))
+    moments = {name: hessian.update(hessian.zero(n, jnp.float64),
+                                    jnp.asarray(rng.normal(size=(2, 20, n)) * ("_1" not in name)))
                for name, n in sizes.items()}
     found = calibration._unasked(moments)
     for kind, n in (("up", 5), ("down", 3)):

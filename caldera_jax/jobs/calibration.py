@@ -99,7 +99,7 @@ def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Stre
 
 
 def _unasked(moments: dict[str, Moments]) -> dict[str, Moments]:
-    """With H of an expert that no token asked a multiple of I, as large as those of its like: other texts may ask it."""
+    """With H of an expert that no token asked a multiple of I, as large as of its like: other texts may ask it."""
     found, energies = dict(moments), {}
     for name, of in moments.items():
         if "_" in name and of.seen > 0:
