@@ -203,8 +203,10 @@ def ratios(results: Sequence[Result]) -> dict[str, Found]:
             add("alone", f"{rank}, {bits} bits", own["held_out"] / rival(rows, own["bits"], alone))
             add("level", f"{rank}, {bits} bits", own["held_out"] / rival(levels[key], own["bits"], list(levels[key])))
             add("predicted", f"{rank}, {bits} bits", own["error"] / r["predicted"][name])
-        for i, k in enumerate(r["shares"]["directions"]):
-            add("share", f"{k} directions", r["shares"]["weighted"][i] / r["shares"]["white_weighted"][i])
+        shares = {k: own / white for k, own, white in zip(*(r["shares"][key] for key in (
+            "directions", "weighted", "white_weighted")), strict=True)}  # 32 may be there twice
+        for k, share in shares.items():
+            add("share", f"{k} directions", share)
     return {part: of for part, of in found.items() if of}
 
 
