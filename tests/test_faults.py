@@ -1,5 +1,6 @@
 """Commands that are killed, and commands that are asked what they cannot do."""
 
+import contextlib
 import os
 import random
 import re
@@ -76,7 +77,9 @@ def test_killed_at_twenty_random_times_it_ends_with_the_bytes_of_an_unbroken_run
 
 def found(out: Path) -> frozenset[Path]:
     """All files of a directory that is being written."""
-    return frozenset(path.relative_to(out) for path in out.rglob("*"))
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # a folder that goes while it is read
+            return frozenset(path.relative_to(out) for path in out.rglob("*"))
 
 
 def writing(process: subprocess.Popen, out: Path) -> None:
