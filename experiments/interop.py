@@ -73,6 +73,8 @@ def quantize(name: str, kind: str, windows: int = 64) -> None:
     for entry, (tensor, values) in zip(entries, importance.items(), strict=False):
         entry.name, entry.size = tensor.encode(), len(values)
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    config = {"model": name, "type": kind, "windows": windows, "window": 512,
+              "llama_cpp_python": llama_cpp.__version__}
     found = {}
     for mixed in (False, True):
         asked = llama_cpp.llama_model_quantize_default_params()
@@ -98,9 +100,7 @@ def quantize(name: str, kind: str, windows: int = 64) -> None:
             found["mixed" if mixed else "pure"] = {
                 "bits_per_weight": bits, "file_bytes": out.stat().st_size,
                 "types": Counter(sorted(t.tensor_type.name for t in linear)), **rows}
-    config = {"model": name, "type": kind, "windows": windows, "window": 512,
-              "llama_cpp_python": llama_cpp.__version__}
-    files.write_json(RESULT.with_name(f"interop_{name}_{kind}.json"), {**report.provenance(config, 0), **found})
+        files.write_json(RESULT.with_name(f"interop_{name}_{kind}.json"), {**report.provenance(config, 0), **found})
 
 
 def squares(model: convert.Model, tokens: np.ndarray) -> dict[str, np.ndarray]:

@@ -120,10 +120,9 @@ def _grouped(function, count, config, models, windows, batch, title):
         raise ValueError(f"perplexity needs windows of at least 2 tokens, got {windows.shape[1]}")
     step = group(config, windows.shape[1], len(models))
     parts = [windows[i:i + step] for i in range(0, len(windows), step)]
-    steps = len(windows) * (1 + sum(len(params["blocks"]) for params in models))  # the last: the head
+    steps = len(windows) * (1 + sum(len(params["blocks"]) for params in models))  # through a block or the head
     found = []
-    with tqdm(total=steps, desc=title, disable=title is None or spread.rank() > 0, unit="window", leave=False,
-              unit_scale=len(windows) / steps) as bar:
+    with tqdm(total=steps, desc=title, disable=title is None or spread.rank() > 0, unit="step", leave=False) as bar:
         for part in parts:
             streams = [_streams(config, params, part, batch, bar) for params in models]
             found.append(_each(function, count, config, models, streams, part, bar))
