@@ -1,4 +1,4 @@
-"""What other programs make of the same model: the same tokens, probabilities and perplexity; and its quantization.
+"""What other programs make of the same model: the same tokens, probabilities and perplexity, and fewer bits.
 
     python experiments/interop.py [DIR]                   # llama.cpp, of an exported model; left out: smollm2-135m
     python experiments/interop.py --dense MODEL           # transformers, of a built-in's own GGUF file
@@ -136,7 +136,7 @@ def main(directory: str | None = None) -> None:
     with TemporaryDirectory() as folder:
         export.export(model, "gguf", Path(folder) / "model.gguf", "float32")
         theirs = llama_cpp.Llama(str(Path(folder) / "model.gguf"), n_ctx=512, logits_all=True, type_k=0, type_v=0,
-                       verbose=False)  # keys and values in float32
+                                 verbose=False)  # keys and values in float32
         for text in TEXTS:
             ids = tokenizer.prompt(model.tokenizer, text)
             same = ids == theirs.tokenize(text.encode(), add_bos=True, special=True)

@@ -127,7 +127,8 @@ def measure(config: Config) -> Result:
 def shares(config: Config, w: np.ndarray, h: np.ndarray) -> Result:
     """Of the energy of W, of W H^½, and of white weights in their place, in so many leading directions."""
     white = np.random.default_rng(config.seed).standard_normal(w.shape, np.float32)
-    directions, root = (32, *config.ranks), np.linalg.cholesky(h + 1e-6 * np.trace(h) / len(h) * np.eye(len(h)))
+    directions = dict.fromkeys((32, *config.ranks))
+    root = np.linalg.cholesky(h + 1e-6 * np.trace(h) / len(h) * np.eye(len(h)))
 
     def share(a):
         energy = np.clip(np.linalg.eigvalsh(a @ a.T if len(a) < len(a.T) else a.T @ a)[::-1], 0, None)
@@ -204,7 +205,7 @@ def ratios(results: Sequence[Result]) -> dict[str, Found]:
             add("level", f"{rank}, {bits} bits", own["held_out"] / rival(levels[key], own["bits"], list(levels[key])))
             add("predicted", f"{rank}, {bits} bits", own["error"] / r["predicted"][name])
         shares = {k: own / white for k, own, white in zip(*(r["shares"][key] for key in (
-            "directions", "weighted", "white_weighted")), strict=True)}  # 32 may be there twice
+            "directions", "weighted", "white_weighted")), strict=True)}  # 32 is there twice in the first records
         for k, share in shares.items():
             add("share", f"{k} directions", share)
     return {part: of for part, of in found.items() if of}

@@ -306,6 +306,7 @@ def test_an_expert_that_is_never_asked_is_compressed_and_named(run, finished):
     for e, index in itertools.product(range(4), range(2)):
         assert len({rows[f"blocks.{index}.{kind}_{e}"]["tokens"] for kind in ("gate", "up", "down")}) == 1
     assert sum(rows[f"blocks.1.up_{e}"]["tokens"] for e in range(4)) == 2 * 6 * 32
+    assert all(0 < rows[path]["error"] < 0.5 for path in UNASKED)
     said = cli.table(row)
     assert "few tokens        blocks.1.gate_3: 0 tokens for 24 inputs (" in said
     layer, w = (np.asarray(p) for p in (artifact.load(out).params["blocks"][1]["up_3"].dense(),

@@ -473,7 +473,7 @@ def _arrays(path: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def model_bytes(params: Params) -> int:
-    """Bytes of every array of a model, compressed or dense."""
+    """Bytes of every array of a model, compressed or dense; embedding and head are not read for it."""
     parts = [{name: value for name, value in params.items() if name != "blocks"}, *params["blocks"]]
     return sum(leaf.nbytes for part in parts for leaf in jax.tree.leaves(dict(part)))
 

@@ -74,8 +74,8 @@ def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Stre
     """The Moments of a block's inputs over all windows, by the names of ``llama.input_of``; on every process.
 
     Layers with the same input share them: q, k, v and gate, up.  An expert's are over all tokens, too: H is the second
-    moment of those routed to it times their share, as its Fisher information is; of one that none is routed to, I times
-    the mean of its like.
+    moment of those routed to it times their share, as its Fisher information is; of one that none is routed to, a
+    multiple of I, with the mean trace of its like.
     ``advance``: take the streams through the block, in place.  O(tokens n²) an input beside the forward pass; memory of
     log₂ SHARDS + 1 = 4 Moments an input, of all experts at once.
     """
@@ -99,17 +99,17 @@ def calibrate_block(config: LlamaConfig, block: Mapping[str, Any], streams: Stre
 
 
 def _unasked(moments: dict[str, Moments]) -> dict[str, Moments]:
-    """With H of an expert that no token asked a multiple of I, as large as of its like: other texts may ask it."""
-    found, energies = dict(moments), {}
-    for name, of in moments.items():
-        if "_" in name and of.seen > 0:
-            energies.setdefault(llama.kind_of(name), []).append(of.energy)
-    for name, of in moments.items():
-        if "_" in name and of.seen == 0 and (like := energies.get(llama.kind_of(name))):
-            energy = jnp.mean(jnp.stack(like))
-            found[name] = of._replace(sum=energy / len(of.sum) * jnp.eye(len(of.sum), dtype=of.sum.dtype),
-                                      energy=energy, ordinary=energy)
-    return found
+    """An expert that no token asked gets a multiple of I for H, as large as of its kind's others: other texts may ask.
+    """
+    experts = {name: of for name, of in moments.items() if name != llama.kind_of(name)}
+    found = {}
+    for name, of in experts.items():
+        like = [other.energy for key, other in experts.items()
+                if llama.kind_of(key) == llama.kind_of(name) and other.seen > 0] if of.seen == 0 else []
+        if like:
+            energy, eye = jnp.mean(jnp.stack(like)), jnp.eye(len(of.sum), dtype=of.sum.dtype)
+            found[name] = of._replace(sum=energy / len(eye) * eye, energy=energy, ordinary=energy)
+    return moments | found
 
 
 def _over_processes(own: Moments) -> Moments:
