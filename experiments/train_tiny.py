@@ -4,8 +4,8 @@
     python experiments/train_tiny.py --draw               # figures/train_tiny.png from the JSON, nothing is trained
 
 A byte-level BPE and a decoder are trained on the part of a text that ``data.split`` gives to calibration; held-out loss
-is on the other part.  The model goes to the cache as a Hugging Face directory (``load_tiny``), its record to
-results/train_tiny_PRESET_HASH.json.
+is on the other part.  The model goes to the cache as a Hugging Face directory (``load_tiny``) with its record, and
+that also to results/train_tiny_PRESET_HASH.json.
 
 A step depends on the state before it and on (seed, step) alone, so a run that was killed at any moment and started
 again ends with the same bytes as one that was not: on the same machine, with the same versions and number of cores.
@@ -98,6 +98,9 @@ PRESETS = {
     "smoke": Config("smoke", vocab=512, dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=64, context=64, window=64,
                     batch=4, steps=48, warmup=4, learning_rate=0.01, every=16, average=4, held_out_windows=8),
 }
+
+
+DESCRIBED = "training.json"  # the record, in the model's directory: a finished model is not made again
 
 
 class State(NamedTuple):
@@ -311,12 +314,14 @@ def train(config: Config) -> dict[str, Any]:
     """The record of the finished model, which is trained, or trained to its end, where it is not there."""
     finished, unfinished = record_path(config), _beside(config, "training")
     with alone(config):
-        if not (directory(config).is_dir() and finished.is_file()):
+        if new := not (described := directory(config) / DESCRIBED).is_file():
             unfinished.mkdir(exist_ok=True)
-            finished.parent.mkdir(parents=True, exist_ok=True)
             with jax.enable_x64(False):  # float32 throughout, whatever the caller has chosen
-                files.write_json(finished, _train(config))
+                _train(config)
         shutil.rmtree(unfinished, ignore_errors=True)
+        if new or not finished.is_file():
+            finished.parent.mkdir(parents=True, exist_ok=True)
+            files.write(finished, described.read_bytes())
     return files.read_json(finished)
 
 
@@ -334,8 +339,8 @@ def alone(config: Config) -> Iterator[None]:
         yield
 
 
-def _train(config: Config) -> dict[str, Any]:
-    """Train from the newest checkpoint to the end, write the model, and describe it."""
+def _train(config: Config) -> None:
+    """Train from the newest checkpoint to the end, and write the model with its record."""
     text = read_text(config)
     history: dict[str, Any] = {"config_hash": report.config_hash(config), "text_sha256": text.sha256, "losses": [],
                                "held_out": [], "stages": {}}
@@ -358,20 +363,20 @@ def _train(config: Config) -> dict[str, Any]:
                 save(manager, state, history)
     with clock.stage("perplexity"):
         perplexity = evaluate.perplexity(config.model, jax.device_get(state.params), text.held_out, title="perplexity")
-    write_model(config, state.params, text.tokenizer)
-    return describe(config, state, text, history, clock, perplexity)
-
-
-def write_model(config: Config, params: llama.Params, tokenizer: Tokenizer) -> None:
-    """The Hugging Face directory, which appears by a rename, when it is whole."""
     part = _beside(config, "part")
+    write_model(config, part, state.params, text.tokenizer)
+    files.write_json(part / DESCRIBED, describe(config, part, state, text, history, clock, perplexity))
+    shutil.rmtree(directory(config), ignore_errors=True)  # without a record: of an older version
+    os.replace(part, directory(config))
+
+
+def write_model(config: Config, part: Path, params: llama.Params, tokenizer: Tokenizer) -> None:
+    """A Hugging Face directory in place of what an interrupted run left there."""
     shutil.rmtree(part, ignore_errors=True)
     convert.save_hf(part, config.model, jax.device_get(params))
     tokenizer.save(str(part / "tokenizer.json"))
     files.write_json(part / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
                                                       "model_max_length": config.context})
-    shutil.rmtree(directory(config), ignore_errors=True)  # of a run that was killed before it wrote its record
-    os.replace(part, directory(config))
 
 
 def averages(config: Config, losses: list[float]) -> list[tuple[int, float]]:
@@ -380,9 +385,12 @@ def averages(config: Config, losses: list[float]) -> list[tuple[int, float]]:
     return list(zip(np.cumsum([len(part) for part in parts]).tolist(), map(float, map(np.mean, parts)), strict=True))
 
 
-def describe(config: Config, state: State, text: Text, history: dict[str, Any], clock: report.Clock,
+def describe(config: Config, model: Path, state: State, text: Text, history: dict[str, Any], clock: report.Clock,
              perplexity: float) -> dict[str, Any]:
-    """The record.  Bits per byte: bits of a predicted token over the mean bytes of a held-out token."""
+    """The record of the model in that directory.
+
+    Bits per byte: bits of a predicted token over the mean bytes of a held-out token.
+    """
     found = report.provenance(config, config.seed)
     tokens = config.steps * config.batch * config.window
     return {
@@ -393,8 +401,8 @@ def describe(config: Config, state: State, text: Text, history: dict[str, Any], 
         "bytes_per_token": text.bytes_per_token, "training_loss": averages(config, history["losses"]),
         "held_out_loss": history["held_out"], "seconds": report.seconds(clock.stages),
         "tokens_per_second": tokens / clock.stages["training"]["seconds"],
-        "state_sha256": state_sha256(state), "weights_sha256": files.sha256(directory(config) / "model.safetensors"),
-        "tokenizer_sha256": files.sha256(directory(config) / "tokenizer.json"),
+        "state_sha256": state_sha256(state), "weights_sha256": files.sha256(model / "model.safetensors"),
+        "tokenizer_sha256": files.sha256(model / "tokenizer.json"),
     }
 
 
