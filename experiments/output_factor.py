@@ -23,6 +23,7 @@ from caldera_jax import LevelConfig
 from caldera_jax.jobs import calibration, evaluate
 from caldera_jax.models import data, llama
 from caldera_jax.models.data import Tokens
+from caldera_jax.models.weights import rest
 from caldera_jax.objective import importance
 
 LEVEL = LevelConfig()
@@ -52,10 +53,11 @@ def output_factors(model, tokens: np.ndarray, layers: Sequence[str], h: Factors,
     """G = Σ Γ Γᵀ / (tokens tr H) of every layer, Γ the gradient of a window's log-likelihood, labels drawn from the
     model; its diagonal is ``calibration.OutputFisher.importance``."""
     chosen = [{name: np.float32(block[name]) for name in layers} for block in model.params["blocks"]]
+    others = rest(model.params)
 
     def likelihood(chosen, window, key):
         blocks = [dict(block) | own for block, own in zip(model.params["blocks"], chosen, strict=True)]
-        logits = llama.forward(model.config, model.params | {"blocks": blocks}, window[None])[0]
+        logits = llama.forward(model.config, others | {"blocks": blocks}, window[None])[0]
         labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
         return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1))
 
