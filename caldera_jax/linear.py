@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from caldera_jax import hessian, incoherence, kernels, levels
-from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, dequantize
+from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, dequantize, quantize
 from caldera_jax.decompose import CalderaConfig, Decomposition, Trace, caldera
 from caldera_jax.incoherence import Rotation
 from caldera_jax.kernels.matmul import Packed, Rows, multiply
@@ -175,6 +175,31 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     return incoherence.backward(sides.left, y).reshape(*x.shape[:-1], m)
 
 
+def rows(weight: Array | np.ndarray | CompressedLinear, places: Int[Array | np.ndarray, "*batch"]
+         ) -> Float[Array, "*batch n"]:
+    """Those rows of the matrix, at their cost: an embedding's.  NaN for a place without one.
+
+    Raises ValueError for a compressed weight with a rotation or L R, whose rows are made of more than their own codes.
+    """
+    m, n = weight.shape
+    places = jnp.asarray(places)
+    if not places.size:
+        return jnp.zeros((*places.shape, n), weight.dtype)
+    at = jnp.clip(places.reshape(-1), 0, m - 1)
+    if not isinstance(weight, CompressedLinear):
+        found = jnp.asarray(weight)[at]
+    elif weight.q is None or weight.rank or jax.tree.leaves((weight.left_side, weight.right_side)):
+        raise ValueError("single rows are read of a weight that is Q alone, without rotation: this one has more")
+    elif isinstance(q := weight.q, Levelled):
+        a, b = q.scales(weight.dtype)
+        found = a[at][:, None] * jnp.asarray(q.integers)[at].astype(a.dtype) * b[None]
+    else:
+        scale = q.scale if weight.grids[0].group is None else jnp.asarray(q.scale)[at]
+        found = _decode(weight.grids[0], Packed(jnp.asarray(q.codes)[at], scale), n)
+    inside = (places >= 0) & (places < m)
+    return jnp.where(inside[..., None], found.reshape(*places.shape, n), jnp.nan)
+
+
 def _rows(grid, part, n):
     """Q on any grid, to be decoded where it is multiplied."""
     decode = lambda codes, scale=part.scale: _decode(grid, Packed(codes, scale), n)
@@ -270,6 +295,23 @@ def at_level(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "
 def _at_level(w, h, g, c, config, rows):
     *parts, factors = levels.decompose(w, h, g, c, config, rows)
     return *parts, factors.damping, factors.finite
+
+
+def rounded(w: Float[Array | np.ndarray, "m n"], grid: Codebook) -> CompressedLinear:
+    """W on a grid whose rows have scales of their own (``group``), to the nearest, without Hessian or rotation: an
+    embedding.  Some rows at a time.  ValueError for a grid without groups."""
+    if grid.group is None:
+        raise ValueError(f"rows are rounded one by one, and {grid} has one scale for all: give it a group")
+    step = max(1, 2**22 // w.shape[1])
+    parts = [_rounded(grid, jnp.asarray(w[i:i + step])) for i in range(0, len(w), step)]
+    return CompressedLinear(Packed(*map(jnp.concatenate, zip(*parts, strict=True))), None, None, (), (), w.shape,
+                            (grid,) * 3)
+
+
+@partial(jax.jit, static_argnums=0)
+def _rounded(grid, w):
+    found = quantize(grid, w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+    return pack_codes(found.codes, grid.code_bits), found.scale
 
 
 def checked(w, h, rank: int, name: str):

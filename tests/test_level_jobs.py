@@ -151,7 +151,7 @@ def test_cut_off_anywhere_it_ends_with_the_same_bytes(finished, config, tmp_path
     compress(config, tmp_path / "whole")
     whole = len(done)
     done.clear()
-    monkeypatch.setattr(calibration, "output_fisher", lambda *a: pulled.append(a[-1]) or fisher(*a))
+    monkeypatch.setattr(calibration, "output_fisher", lambda *a, **more: pulled.append(a[-1]) or fisher(*a, **more))
     resumed = compress(config, tmp_path / "out")
     assert whole - len(done) == {"gradients": 0, "measure": 14 + 3, "compress": 28 + 5}[stop]
     assert len(pulled) == (3 if stop == "gradients" else 0)
@@ -207,8 +207,8 @@ def test_budgets_that_no_level_meets_are_named(config, tmp_path, bits, message):
 def test_gradients_that_overflow_are_named_with_the_layer(config, tmp_path, monkeypatch):
     real = calibration.output_fisher
 
-    def overflown(*a):
-        found = real(*a)
+    def overflown(*a, **more):
+        found = real(*a, **more)
         return found | {"blocks.1.up": found["blocks.1.up"]._replace(rows=np.full(24, np.inf))} if found else found
 
     monkeypatch.setattr(calibration, "output_fisher", overflown)

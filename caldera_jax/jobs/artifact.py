@@ -6,7 +6,8 @@ and of itself (``digest``).
 Names in a block's file: ``q.left_t.codes`` is field ``left_t.codes`` of the CompressedLinear of layer q; layers that
 stayed dense, gains and biases have their own name alone.  Of a model with experts ``up_5.q.codes`` is of the up of
 expert 5, and ``router`` [experts, width] is dense.  ``rest.safetensors`` has ``embed`` [vocabulary, width], ``norm``
-[width] and, unless the model is tied, ``head``, in the type that the base model had, as all that is dense.
+[width] and, unless the model is tied, ``head``, in the type that the base model had, as all that is dense; or these two
+are compressed, as a layer is: ``embed.q.codes``, and ``layers`` has ``embed``.
 
 **The arrays of a layer** W [m, n] ≈ Uᵀ (Q + L R) V.  A part that is off (Q, or L and R) has none.
 
@@ -178,7 +179,7 @@ files for other programs: ``export``.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -348,12 +349,17 @@ def _grid(meta: dict[str, Any] | None) -> Grid | None:
 
 
 def finish(directory: Path, model: Model, layers: dict[str, dict[str, Any]], run: Any) -> None:
-    """Write what is not a block's, then the manifest.  ``layers``: path -> ``layer_meta`` of the compressed layers."""
-    files.write_arrays(directory / REST, {name: np.asarray(v) for name, v in weights.rest(model.params).items()})
+    """Write what is not a block's, then the manifest.  ``layers``: path -> ``layer_meta`` of the blocks' compressed
+    layers."""
+    rest, tables = weights.rest(model.params), {}
+    for name in [name for name, value in rest.items() if isinstance(value, CompressedLinear)]:
+        tables[name] = layer_meta(layer := rest.pop(name))
+        rest |= {f"{name}.{field}": array for field, array in layer_arrays(layer).items()}
+    files.write_arrays(directory / REST, {name: np.asarray(value) for name, value in rest.items()})
     files.write(directory / TOKENIZER, model.tokenizer.to_str().encode())
     names = [block_file(i) for i in range(model.config.layers)] + [REST, TOKENIZER]
     manifest = {"format": FORMAT, "model": model.name, "model_config": model.config.told(),
-                "special": model.special, "ends": list(model.ends), "run": run, "layers": layers,
+                "special": model.special, "ends": list(model.ends), "run": run, "layers": layers | tables,
                 "files": {name: files.sha256(directory / name) for name in names}}
     files.write_json(directory / MANIFEST, manifest | {"sha256": digest(manifest)})
 
@@ -399,17 +405,31 @@ def load(directory: str | Path) -> Model:
                              "damaged or replaced; restore it or compress the model again")
     config = _config(manifest["model_config"], f"{directory / MANIFEST}: model_config")
     known = {f"blocks.{i}.{name}" for i in range(config.layers) for name in llama.linears(config)}
+    known |= llama.table_shapes(config).keys()
     if extra := manifest["layers"].keys() - known:
         raise ValueError(f"{directory / MANIFEST}: layers has {min(extra)}, which the model has not: restore it or "
                          "compress the model again")
-    params, table = convert.arrays(directory / REST), (config.vocab, config.dim)
-    wanted = {"embed": table, "norm": (config.dim,)} | ({} if config.tied else {"head": table})
+    params, wanted = convert.arrays(directory / REST), llama.table_shapes(config) | {"norm": (config.dim,)}
+    params |= _tables(directory / REST, params, manifest["layers"])
     shapes = {name: array.shape for name, array in params.items() if name != "classifier"}
     _same(directory / REST, shapes, wanted)
     layers = manifest["layers"]
     params["blocks"] = [_block(directory / block_file(i), layers, i, config) for i in range(config.layers)]
     return Model(config, params, tokenizer.from_directory(directory), manifest["model"],
                  manifest.get("special", {}), tuple(manifest.get("ends", ())))  # the first ones did not keep them
+
+
+def _tables(path: Path, arrays: dict[str, Any], layers: dict[str, Any]) -> dict[str, CompressedLinear]:
+    """Embedding and head as far as they are compressed; their arrays are taken out."""
+    found = {}
+    for name in [name for name in ("embed", "head") if name in layers]:
+        own = {key: arrays.pop(key) for key in [*arrays] if key.startswith(f"{name}.")}
+        try:
+            layer = layer_from({key.removeprefix(f"{name}."): array for key, array in own.items()}, layers[name])
+        except _DAMAGED as error:
+            raise ValueError(f"{path}: {name}: {error}: restore the file or compress the model again") from error
+        found[name] = jax.tree.map(jax.numpy.asarray, layer)
+    return found
 
 
 def _config(raw: dict[str, Any], at: str) -> LlamaConfig:
@@ -476,6 +496,13 @@ def model_bytes(params: Params) -> int:
     """Bytes of every array of a model, compressed or dense; embedding and head are not read for it."""
     parts = [{name: value for name, value in params.items() if name != "blocks"}, *params["blocks"]]
     return sum(leaf.nbytes for part in parts for leaf in jax.tree.leaves(dict(part)))
+
+
+def dense_bytes(params: Params, compressed: Collection[str]) -> int:
+    """Bytes of what is not among the ``compressed`` layers and tables, by their paths; these are not read for it."""
+    parts = {"": params} | {f"blocks.{i}.": block for i, block in enumerate(params["blocks"])}
+    return sum(part[name].nbytes for prefix, part in parts.items() for name in part
+               if name != "blocks" and f"{prefix}{name}" not in compressed)
 
 
 def fingerprint(model: Model) -> str:

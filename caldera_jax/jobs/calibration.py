@@ -17,9 +17,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Key
 
-from caldera_jax import hessian
+from caldera_jax import hessian, linear
 from caldera_jax.hessian import Moments
 from caldera_jax.jobs import spread
+from caldera_jax.linear import CompressedLinear
 from caldera_jax.models import files, llama, weights
 from caldera_jax.models.llama import LlamaConfig, Params
 
@@ -36,6 +37,8 @@ def embed(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"]) -
 
 def _streams(config, params, tokens):
     table = params["embed"]
+    if isinstance(table, CompressedLinear):
+        return np.array(llama.embed(config, params, tokens))  # streams are written over
     table = table if isinstance(table, weights.Table) else np.asarray(table)
     return llama.scaled(config, table[tokens], table.dtype)
 
@@ -198,34 +201,88 @@ class OutputFisher(NamedTuple):
         return self.rows / self.trace if self.trace > 0 else np.zeros_like(self.rows)
 
 
+class TableFisher(NamedTuple):
+    """Of the embedding or the head [v, d]: the Fisher information of row t is rows_t second / Σ rows, in nats a token;
+    tr second = Σ rows.  Those of a table that is both are their sums."""
+
+    second: Float[np.ndarray, "d d"]
+    rows: Float[np.ndarray, " v"]
+
+
 def output_fisher(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, "w s"], key: Key[Array, ""],
-                  windows: range, blocks: int | None = None) -> dict[str, OutputFisher]:
-    """Of every linear layer, by its path, by the F of ``gradients``: the share of these of the w windows.
+                  windows: range, blocks: int | None = None, tables: bool = False
+                  ) -> dict[str, OutputFisher | TableFisher]:
+    """Of every linear layer, by its path, by the F of ``gradients``, and of "embed" and "head" where ``tables`` are
+    asked for: the share of these of the w windows.
 
     The shares of windows that make up all sum to the whole.  Goes through the model for every CHUNK tokens, so that
-    the streams are of no more.
+    the streams are of no more.  Of the head, where labels y enter alone, it is the mean over all y: the gradient at
+    logit t has the second moment p_t (1 − p_t).
     """
-    total: dict[str, OutputFisher] = {}
+    total: dict[str, Any] = {}
+
+    def add(path, of):
+        of = type(of)(*(np.asarray(value, np.float64) / tokens.size for value in of))
+        total[path] = type(of)(*map(np.add, total[path], of)) if path in total else of
+
     step = max(1, CHUNK // tokens.shape[1])
     for i in range(0, len(windows), step):
-        for index, squares, inputs in _squares(config, params, tokens, key, windows[i:i + step], blocks):
+        own, ends = windows[i:i + step], {}
+        for index, squares, inputs in _squares(config, params, tokens, key, own, blocks, ends):
             for name, square in squares.items():
-                path, (m, _) = f"blocks.{index}.{name}", square.shape
-                before = total.get(path, OutputFisher(np.zeros(m), 0.0))
-                own = np.asarray(jnp.sum(square, axis=1), np.float64), float(inputs[llama.input_of(name)])
-                total[path] = OutputFisher(*(a + b / tokens.size for a, b in zip(before, own, strict=True)))
-    return total
+                add(f"blocks.{index}.{name}", OutputFisher(jnp.sum(square, axis=1), inputs[llama.input_of(name)]))
+        if tables:
+            add("head", _of_head(config, ends["last"], ends["leaving"].reshape(-1, config.dim)))
+            add("embed", _of_embedding(config, params["embed"], tokens[own], ends["pulled"]))
+    return {path: of if isinstance(of, TableFisher) else OutputFisher(of.rows, float(of.trace))
+            for path, of in total.items()}
 
 
-def _squares(config, params, tokens, key, windows, blocks):
+@partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")
+def _of_head(config, last, x):
+    """Sums over the streams x [t, d] that leave the last block."""
+    table = last["head" if "head" in last else "embed"]
+    x = llama.rms_norm(config, last["norm"], x)
+
+    def some(rows, x):
+        raw = linear.apply(table, x)
+        logits, slope = jax.jvp(partial(llama.squashed, config), (raw,), (jnp.ones_like(raw),))
+        p = jax.nn.softmax(logits)
+        return rows + jnp.sum(x**2, axis=1) @ (p * (1 - p) * slope**2), None
+
+    tile = min(len(x), max(1, llama.NUMBERS // config.vocab))
+    tiles = jnp.pad(x, ((0, -len(x) % tile), (0, 0))).reshape(-1, tile, config.dim)  # a zero counts nothing
+    rows, _ = jax.lax.scan(some, jnp.zeros(config.vocab, x.dtype), tiles)
+    second = x.T @ x
+    return TableFisher(second * (jnp.sum(rows) / jnp.maximum(jnp.trace(second), 1e-30)), rows)
+
+
+def _of_embedding(config, table, tokens, pulled):
+    """Sums over windows of tokens, and the gradients with respect to the streams that enter the first block."""
+    scale = llama.scaled(config, np.ones(1, pulled.dtype), table.dtype)
+    second, rows = np.zeros((config.dim,) * 2), np.zeros(config.vocab)
+    for window, gradient in zip(tokens, pulled * scale, strict=True):
+        some, places = np.unique(window, return_inverse=True)
+        of_token = np.zeros((len(some), config.dim), pulled.dtype)
+        np.add.at(of_token, places, gradient)
+        second += of_token.T @ of_token
+        rows[some] += np.sum(of_token**2, axis=1)
+    return TableFisher(second, rows)
+
+
+def _squares(config, params, tokens, key, windows, blocks, ends=None):
     """(block index, squared gradients of its linear weights, squares of its inputs), summed over these windows, from
-    the last block on."""
+    the last block on.  ``ends`` gets the streams ``leaving`` the last block, what is ``last`` there, and, when all is
+    done, the gradient ``pulled`` to the streams that enter the first."""
     split = lambda streams: np.split(streams, len(windows))
     entering = [_streams(config, params, tokens[windows])]
     for index in range(config.layers):
         placed = jax.device_put(_dense(config, params, index))
         entering.append(np.concatenate([forward(config.at(index), placed, x) for x in split(entering[-1])]))
     last = jax.device_put(weights.last(params))
+    ends = {} if ends is None else ends
+    ends |= {"last": last, "leaving": entering[-1]}
     pulled = np.concatenate([_pull_head(config, last, x, jax.random.fold_in(key, i))
                              for i, x in zip(windows, split(entering.pop()), strict=True)])
     for index in reversed(range(config.layers)):
@@ -236,6 +293,7 @@ def _squares(config, params, tokens, key, windows, blocks):
             pulled[i:i + 1], squares, inputs = _pull(config.at(index), placed, x, pulled[i:i + 1], squares, inputs)
         if blocks is None or index < blocks:
             yield index, squares, inputs
+    ends["pulled"] = pulled
 
 
 def _dense(config, params, index):

@@ -31,6 +31,7 @@ from caldera_jax.jobs.options import (
     Level,
     Optimizer,
     Switch,
+    Tables,
     Texts,
     Workers,
 )
@@ -47,8 +48,8 @@ Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper"] = "default", bits: Float = None,
              megabytes: Float = None, level: Float = None, rank: Int = None, q_bits: Int = None,
              factor_bits: Ints = None, blocks: Int = None, seed: Int = None, one_level: Level = Level(),
-             budget: Budget = Budget(), texts: Texts = Texts(), algorithm: Algorithm = Algorithm(),
-             workers: Workers = Workers()) -> None:
+             tables: Tables = Tables(), budget: Budget = Budget(), texts: Texts = Texts(),
+             algorithm: Algorithm = Algorithm(), workers: Workers = Workers()) -> None:
     """Compress a model: calibrate, compress every linear layer, evaluate before and after, write OUT/report.json.
 
     Killed and started again with the same arguments, it goes on where it was.
@@ -70,6 +71,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         blocks: compress only the first so many blocks.
         seed: random seed: of the rotations and of whatever else is random.
         one_level: free rates.
+        tables: embedding and head.
         budget: fixed rates.
         texts: what the model is calibrated and evaluated on.
         algorithm: how a layer is compressed at a fixed rate (damping: at any).
@@ -107,7 +109,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         caldera=override(base.caldera, rank=None if free else rank, q_bits=q_bits, factor_bits=factors,
                          **vars(algorithm)),
         bits=bits if megabytes is None else 1.0,  # until weights are counted
-        **vars(budget), level=of_level, c=level,
+        **vars(budget), **vars(tables), level=of_level, c=level,
         importance=override(base.importance, **estimate),
         calibration=override(base.calibration, **tokens("calibration")),
         evaluation=override(base.evaluation, **tokens("evaluation")))
@@ -173,8 +175,8 @@ def table(r: dict[str, Any]) -> str:
              f"  perplexity        base {r['base_perplexity']:.3f}   compressed {r['compressed_perplexity']:.3f}   "
              f"({r['evaluated_tokens']} tokens{', behind BOS' if r['config'].get('bos') else ''})",
              f"  bits per weight   {r['bits_per_weight']:.4f}   (compressed linear layers, everything stored)",
-             f"  size              layers {r['stored_bytes'] / 1e6:.1f} MB; model {r['model_bytes'] / 1e6:.1f} MB, the "
-             f"embedding being dense; on disk {r['disk_bytes'] / 1e6:.1f} MB",
+             f"  size              layers {r['stored_bytes'] / 1e6:.1f} MB; {table_words(r)}in memory "
+             f"{r['model_bytes'] / 1e6:.1f} MB; on disk {r['disk_bytes'] / 1e6:.1f} MB",
              *(budget_lines(r) if "allocation" in r else level_lines(r) if "level" in r else []),
              f"  layer error       mean {r['mean_layer_error']:.4f}   max {r['max_layer_error']:.4f}",
              *massive_lines(r),
@@ -183,6 +185,14 @@ def table(r: dict[str, Any]) -> str:
     lines += [f"    {name:20s} {stage['seconds']:8.1f} {stage['compile_seconds']:16.1f} "
               f"{stage['peak_memory_bytes'] / 1e9:9.2f} GB" for name, stage in r["stages"].items()]
     return "\n".join(lines)
+
+
+def table_words(r: dict[str, Any]) -> str:
+    """What became of embedding and head, and bits a weight of the whole model with them."""
+    rows, whole = r.get("tables", []), r.get("model_bits_per_weight")
+    tables = ", ".join(f"{row['path']} {row['bits'] / 8e6:.1f} MB at {row['bits_per_weight']:.4f} bits" for row in rows)
+    model = f"model {whole:.4f} bits a weight; " if whole else ""  # the first reports had none
+    return f"{tables or 'embedding dense'}; {model}"
 
 
 def massive_lines(r: dict[str, Any]) -> list[str]:
@@ -456,7 +466,7 @@ def inspect(directory: Directory, theory: bool = False, report: Path | None = No
         return theory_table(directory, moments)
     print(f"{'layer':18s} {'m':>6s} {'n':>6s} {'Q':>5s} {'rank':>5s} {'L,R':>9s} {'error':>8s} {'bits':>7s} "
           f"{'damping':>8s} {'seconds':>8s}")
-    for row in r["layers"]:
+    for row in r["layers"] + r.get("tables", []):
         m, n = row["shape"]
         factors = ",".join(f"{bits:.3g}" for bits in row["factor_bits"]) if row["rank"] else "-"
         print(f"{row['path']:18s} {m:6d} {n:6d} {row['q_bits']:5.3g} {row['rank']:5d} {factors:>9s} "

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from caldera_jax import allocate
 from caldera_jax.allocate import ErrorModel, Option
+from caldera_jax.codebooks import Uniform
 from caldera_jax.jobs import artifact, calibration, evaluate, level, plan, report, spread
 from caldera_jax.jobs.artifact import fingerprint
 from caldera_jax.jobs.run import Run, moments_hash
 from caldera_jax.jobs.settings import RunConfig, budget, count, revived, weights
 from caldera_jax.jobs.work import Work, record
-from caldera_jax.linear import compress_matrix
+from caldera_jax.linear import compress_matrix, dense, rounded
 from caldera_jax.models import convert, data, files, llama
 from caldera_jax.models.convert import Model
 from caldera_jax.objective import proxy_loss, ratio
@@ -68,7 +69,8 @@ def compress(config: RunConfig, out: Path, moments: Path | None = None) -> dict[
 
 def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock: report.Clock,
             kept: Path | None) -> list[str]:
-    """Calibrate and compress block after block; the blocks become the compressed ones.  Returns the layers' paths.
+    """Calibrate and compress block after block, and the tables; the blocks become the compressed ones.  Returns the
+    paths of what is compressed.
 
     What a budget buys is found before: a level from fewer windows, each block's Moments dropped when its layers are
     measured; a plan of fixed rates from the Moments of all blocks, which stay until then.
@@ -78,28 +80,30 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
     sequential = config.activations == "compressed"
     job = Work(config, model, run, clock, run.work / "moments" if kept is None else kept / run.moments_hash)
     inputs = calibration.Inputs(model.config, model.params if sequential else dense, tokens, sequential, config.cap)
-    g, known, of_layers = {}, {}, {}
+    metrics, known, of_layers = level.Metrics({}, {}), {}, {}
     if config.level is not None:
-        g = level.importance(job, tokens, run.work if kept is None else job.folder)
+        metrics = level.importance(job, tokens, run.work if kept is None else job.folder)
         if config.bits:
             few = config.importance.of(tokens, len(data.named(config.calibration.text)))
             first = job._replace(folder=run.work / "first" if kept is None else kept / moments_hash(
                 run.identity | {"config": report.plain(replace(config, activations="dense")),
                                 "calibration_sha256": files.sha256(few)}))
             calibrate = partial(_calibrate, calibration.Inputs(model.config, dense, few, cap=config.cap), first)
-            known = level.curves(first, g, calibrate, partial(_drop, first, kept))
+            known = level.curves(first, metrics, calibrate, partial(_drop, first, kept))
             del calibrate  # its streams
     elif config.bits is not None:
         unplanned = range(chosen if spread.first(run.recall("plan")) is None else 0)
         for index in tqdm(unplanned, "calibrate", disable=spread.rank() > 0, unit="block", leave=False):
             _calibrate(inputs, job, index)
         of_layers = plan.plan(job, tokens)
-    bar = job.bar("compress", [i for i in range(chosen) if spread.first(run.recall(f"block.{i}")) is None])
+    tables = [job.tables] * (config.tables != "dense")
+    missing = [i for i in [*range(chosen), *tables] if spread.first(run.recall(f"block.{i}")) is None]
+    bar = job.bar("compress", missing)
     for index in range(chosen):
         if spread.first(run.recall(f"block.{index}")) is None:
             _calibrate(inputs, job, index)
             if config.level is not None:
-                level.compress(job, index, bar, g, known)
+                level.compress(job, index, bar, metrics, known)
             else:
                 with clock.stage("compress"):
                     job.each([index], bar, partial(_layer, job, of_layers))
@@ -108,8 +112,18 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
             run.remember("clock", clock.stages)
             run.remember(f"block.{index}", "done")
         blocks[index] = run.block(model.config, index, blocks[index])
+    if job.tables in missing:
+        if config.tables == "level":
+            level.compress(job, job.tables, bar, metrics, known)
+        else:
+            with clock.stage("compress"):
+                job.each([job.tables], bar, partial(_table, job))
+                run.wait(job.paths([job.tables]))
+        run.remember("clock", clock.stages)
+        run.remember(f"block.{job.tables}", "done")
+    model.params.update({path: run.finished(path) for path in job.paths(tables)})
     bar.close()
-    return job.paths(range(chosen))
+    return job.paths([*range(chosen), *tables])
 
 
 def calibrated(folder: Path, config: llama.LlamaConfig, blocks: Iterable[int]) -> bool:
@@ -119,8 +133,10 @@ def calibrated(folder: Path, config: llama.LlamaConfig, blocks: Iterable[int]) -
 
 
 def _calibrate(inputs: calibration.Inputs, job: Work, index: int) -> None:
-    """The Moments of a block into the job's folder, unless they are there."""
-    if job.config.hessians is None and not spread.first(calibrated(job.folder, job.model.config, [index])):
+    """The Moments of a block into the job's folder, unless they are there; the tables have none."""
+    if index == job.tables or job.config.hessians is not None:
+        return
+    if not spread.first(calibrated(job.folder, job.model.config, [index])):
         with job.clock.stage("calibrate"):
             calibration.spill(job.folder, index, inputs.moments(index))
             spread.barrier()
@@ -129,7 +145,7 @@ def _calibrate(inputs: calibration.Inputs, job: Work, index: int) -> None:
 def _drop(job: Work, kept: Path | None, index: int) -> None:
     """Remove the Moments of a block, unless they are to be kept."""
     spread.barrier()
-    if kept is None and spread.rank() == 0:
+    if index < job.tables and kept is None and spread.rank() == 0:
         for name in llama.input_sizes(job.model.config):
             calibration.spilled(job.folder, index, name).unlink(missing_ok=True)
 
@@ -152,6 +168,18 @@ def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:
         (loss,) = allocate.damage(config.allocation, layer.shape, losses, chosen["fisher"])
         row |= {"fisher": chosen["fisher"], "predicted_loss": chosen["predicted_loss"], "loss": loss}
     run.keep_layer(path, layer, row)
+
+
+def _table(job: Work, index: int, i: int) -> None:
+    """Round the embedding or the head to so many bits a weight, a scale a row, and write it, unless it is finished."""
+    path, run = job.path(index, i), job.run
+    if run.layer(path) is not None:
+        return
+    with job.clock.part() as part:
+        w = np.asarray(job.model.params[path])
+        layer = rounded(w, Uniform(int(job.config.tables), group=w.shape[1]))
+        error = np.linalg.norm(np.asarray(dense(layer)) - w) / max(np.linalg.norm(w), 1e-30)
+    run.keep_layer(path, layer, record(path, layer, None, float(error), 0.0, [], part))
 
 
 @jax.jit
@@ -190,6 +218,8 @@ def summary(config: RunConfig, origin: dict[str, Any], clocked: tuple[dict[str, 
     """The report of a finished run; ``most``: bits a weight that a plan could buy.  Of several processes ``stages``,
     ``seconds`` and ``peak_memory_bytes`` are those of the slowest and of the largest; ``peak_memory_bytes_of_all`` is
     the sum of their peaks."""
+    stored = 8 * artifact.dense_bytes(model.params, {r["path"] for r in records}) + sum(r["bits"] for r in records)
+    tables, records = ([r for r in records if (r["path"] in model.params) == of] for of in (True, False))
     bits = sum(r["bits"] for r in records)
     weights = sum(r["shape"][0] * r["shape"][1] for r in records)
     sizes = {"budget_bits_per_weight": config.bits} if config.bits or config.level else {}
@@ -205,7 +235,8 @@ def summary(config: RunConfig, origin: dict[str, Any], clocked: tuple[dict[str, 
             "compressed_perplexity": math.exp(value), "lost": value - base, "divergence": divergence,
             "evaluated_tokens": measured.loss.size,
             "bits_per_weight": bits / weights, **sizes, "stored_bytes": bits // 8, "compressed_weights": weights,
-            "model_bytes": artifact.model_bytes(model.params),
+            "model_bytes": artifact.model_bytes(model.params), **({"tables": tables} if tables else {}),
+            "model_bits_per_weight": stored / llama.all_weights(model.config),
             "disk_bytes": sum((out / f).stat().st_size for f in files),
             "mean_layer_error": float(np.mean([r["error"] for r in records])),
             "max_layer_error": max(r["error"] for r in records), "layers": records, "seconds": report.seconds(stages),

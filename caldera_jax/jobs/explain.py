@@ -162,7 +162,7 @@ def report_of(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory}: compressed, but not evaluated yet: start `caldera compress` again with the "
                          "same arguments")
     found = report.read(path)
-    if sorted(row["path"] for row in found["layers"]) != sorted(manifest["layers"]):
+    if sorted(row["path"] for row in found["layers"] + found.get("tables", [])) != sorted(manifest["layers"]):
         raise ValueError(f"{path}: its layers are not those of {artifact.MANIFEST}: restore it, or compress the model "
                          "again")
     return found

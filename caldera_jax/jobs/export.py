@@ -63,7 +63,7 @@ def dense(params: Params, dtype) -> Params:
     Float16 has vectors (gains and biases, of which a model has few) in float32, as GGUF files do.  Raises ValueError,
     naming the weight, where one is too large for ``dtype``.
     """
-    rest = {name: _cast(name, value, dtype) for name, value in weights.rest(params).items()}
+    rest = {name: _cast(name, linear.dense(value), dtype) for name, value in weights.rest(params).items()}
     blocks = [Block({name: partial(_weight, block, name, f"blocks.{i}.{name}", dtype) for name in block})
               for i, block in enumerate(params["blocks"])]
     return rest | {"blocks": blocks}

@@ -21,7 +21,7 @@ from caldera_jax.jobs.run import Run
 from caldera_jax.jobs.student import Batch, Student, TrainConfig, join, stored, student
 from caldera_jax.jobs.training import State, accuracy, enough, fit
 from caldera_jax.linear import CompressedLinear
-from caldera_jax.models import data, files, tokenizer, weights
+from caldera_jax.models import data, files, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.data import Tokens
 
@@ -188,8 +188,11 @@ def _summary(config: FinetuneConfig, origin: dict[str, Any], clock: report.Clock
            "bits_per_weight_before": old["bits_per_weight"], "seconds": report.seconds(clock.stages),
            "stages": clock.stages}
     kept = {name: field for name, field in old.items() if name not in ("divergence", "predicted_damage")}
+    every = [*rows, *old.get("tables", [])]
+    stored = 8 * artifact.dense_bytes(trained.params, {row["path"] for row in every}) + sum(r["bits"] for r in every)
     return {**kept, "compressed_perplexity": value, "lost": math.log(value / old["base_perplexity"]),
             "bits_per_weight": bits / old["compressed_weights"],
             "stored_bytes": bits // 8, "model_bytes": artifact.model_bytes(trained.params),
+            "model_bits_per_weight": stored / llama.all_weights(trained.config),
             "disk_bytes": sum((run.out / f).stat().st_size for f in artifact.read_manifest(run.out)["files"]),
             "layers": rows, "finetune": [*old.get("finetune", []), own]}

@@ -76,6 +76,18 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Tables:
+    """Of compress: the embedding and the head, often a third of a small model."""
+
+    tables: Annotated[Literal["dense", "level", "8", "4"] | None,
+                      arg(metavar="{dense,level,8,4}", help_behavior_hint="")] = None
+    """as they are, at the level of the layers, or rounded to 8 or 4 bits a weight, a scale a row."""
+    counted: Annotated[Literal["layers", "model"] | None,
+                       arg(metavar="{layers,model}", help_behavior_hint="")] = None
+    """what --bits and --megabytes are of: the linear layers, or the tables, too."""
+
+
+@dataclass(frozen=True)
 class Level:
     """Of compress, with --bits, --megabytes or --level: every weight has a rate of its own."""
 

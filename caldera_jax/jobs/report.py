@@ -56,12 +56,14 @@ class Report(TypedDict):
     model: str
     config: dict
     layers: list[Layer]
+    tables: NotRequired[list[Layer]]
     stages: dict[str, Stage]
     base_perplexity: float
     compressed_perplexity: float
     evaluated_tokens: int
     compressed_weights: int
     bits_per_weight: float
+    model_bits_per_weight: NotRequired[float]
     stored_bytes: int
     model_bytes: int
     disk_bytes: int

@@ -119,6 +119,12 @@ class Run:
             tqdm.write(f"{path}: kept, but not readable ({error}); compressing it again")
             return None
 
+    def finished(self, path: str) -> CompressedLinear:
+        """A layer that has been finished; ValueError where it is gone or damaged since."""
+        if (layer := self.layer(path)) is None:
+            raise ValueError(f"{self.work / path}: finished once, now gone or damaged: run the same command again")
+        return layer
+
     def keep_layer(self, path: str, layer: CompressedLinear, row: dict[str, Any]) -> None:
         """Write a finished layer: arrays first, and then the record that makes it count."""
         files.write_arrays(self.work / f"{path}.safetensors", artifact.layer_arrays(layer))
@@ -137,12 +143,7 @@ class Run:
 
     def block(self, config: llama.LlamaConfig, index: int, dense: Mapping[str, Any]) -> Block:
         """The block with its linear layers as they were compressed; each is read from the disk when it is asked for."""
-        def finished(path):
-            if (layer := self.layer(path)) is None:
-                raise ValueError(f"{self.work / path}: finished once, now gone or damaged: run the same command again")
-            return layer
-
-        paths = {name: partial(finished, f"blocks.{index}.{name}") for name in llama.linears(config)}
+        paths = {name: partial(self.finished, f"blocks.{index}.{name}") for name in llama.linears(config)}
         return Block({name: paths.get(name, partial(dense.__getitem__, name)) for name in dense})
 
     def write(self, model: Model, layers: list[str]) -> None:
@@ -150,7 +151,8 @@ class Run:
         if spread.rank() == 0:
             for index, block in enumerate(model.params["blocks"]):
                 files.write_arrays(self.out / artifact.block_file(index), self._arrays(index, block, layers))
-            metas = {path: self._read(self.work / f"{path}.json")["meta"] for path in layers}
+            blocks = [path for path in layers if path not in model.params]
+            metas = {path: self._read(self.work / f"{path}.json")["meta"] for path in blocks}
             artifact.finish(self.out, model, metas, self.identity)
         spread.barrier()
 

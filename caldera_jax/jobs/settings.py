@@ -13,6 +13,7 @@ from caldera_jax.jobs import artifact
 from caldera_jax.levels import LevelConfig
 from caldera_jax.models import files, llama
 from caldera_jax.models.data import Tokens
+from caldera_jax.packing import row_bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class RunConfig:
     """All that decides the result of a run.
 
     bos: windows of calibration and evaluation begin with the model's BOS, which takes the place of their last token.
+    tables: embedding and head as they are ("dense"), at the level of the layers, or with 8 or 4 bits a weight and a
+    scale a row.  counted: what ``bits`` is of, the linear layers alone or the tables, too.
     token_cap: how much of one token counts in the Moments (``hessian.update``); 0: all of it, as in the paper.
     hessians: a directory of Hessians as the authors released them, instead of calibrating.
     blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
@@ -71,6 +74,8 @@ class RunConfig:
     importance: Importance = Importance()
     bos: bool = False
     token_cap: float = 1e4
+    tables: Literal["dense", "level", "8", "4"] = "dense"
+    counted: Literal["layers", "model"] = "layers"
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):
@@ -94,6 +99,17 @@ class RunConfig:
                              f"budget of bits; got {self.level}, bits {self.bits} and c {self.c}")
         if self.c is not None and not 0 < self.c < math.inf:
             raise ValueError(f"the level c must be positive and finite, got {self.c}")
+        if self.tables not in get_args(RunConfig.__annotations__["tables"]) or self.counted not in ("layers", "model"):
+            raise ValueError("tables must be 'dense', 'level', '8' or '4', and counted 'layers' or 'model'; got "
+                             f"{self.tables!r} and {self.counted!r}")
+        if self.tables == "level" and self.level is None:
+            raise ValueError("tables at the level need a level: give bits of free rate, or tables='8' or '4'")
+        if self.counted == "model" and (self.level is None or self.bits is None or self.blocks is not None):
+            raise ValueError("a budget of the whole model is one of free rate, for all blocks: give bits and no "
+                             "blocks, or count the layers alone")
+        if self.counted == "model" and self.tables == "dense":
+            raise ValueError("a budget of the whole model leaves embedding and head not dense: add --tables level, 8 "
+                             "or 4, or count the layers alone")
         if self.level is not None:
             return
         if self.bits is not None and self.activations == "compressed":
@@ -135,10 +151,13 @@ def count(config: RunConfig, model: llama.LlamaConfig) -> int:
 
 
 def weights(config: RunConfig, model: llama.LlamaConfig) -> int:
-    """Number of weights that a run compresses."""
-    return count(config, model) * llama.block_weights(model)
+    """Number of weights that a budget counts."""
+    tables = sum(map(math.prod, llama.table_shapes(model).values())) if config.counted == "model" else 0
+    return count(config, model) * llama.block_weights(model) + tables
 
 
 def budget(config: RunConfig, model: llama.LlamaConfig) -> float:
-    """Bits that a run may store."""
-    return config.bits * weights(config, model)
+    """Bits that a run may store of what is at the level, or planned."""
+    rounded = config.counted == "model" and config.tables in ("8", "4")
+    sizes = llama.table_shapes(model).values() if rounded else ()
+    return config.bits * weights(config, model) - sum(m * (8 * row_bytes(n, int(config.tables)) + 32) for m, n in sizes)

@@ -54,44 +54,58 @@ class Work(NamedTuple):
         hessians = Path(self.config.hessians)
         return Given(key, w, jnp.asarray(calibration.released(hessians, self.model.config, index, source)), 0.0, 1.0)
 
+    @property
+    def tables(self) -> int:
+        """The index at which embedding and head stand, behind the last block."""
+        return self.model.config.layers
+
+    def shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """Of the layers of a block, or of the tables."""
+        return (llama.table_shapes if index == self.tables else llama.shapes)(self.model.config)
+
     def path(self, index: int, i: int) -> str:
-        """Of layer i of a block."""
-        return f"blocks.{index}.{llama.linears(self.model.config)[i]}"
+        """Of layer i of a block, or of a table."""
+        return self.paths([index])[i]
 
     def paths(self, group: Sequence[int]) -> list[str]:
-        """Of the layers of these blocks."""
-        return [f"blocks.{index}.{name}" for index in group for name in llama.linears(self.model.config)]
+        """Of the layers of these blocks, and of the tables."""
+        return [name if index == self.tables else f"blocks.{index}.{name}"
+                for index in group for name in self.shapes(index)]
 
     def bar(self, title: str, group: Sequence[int], leave: bool = True) -> tqdm:
         """Progress of this process through its layers of these blocks, for ``each``."""
-        shapes = list(llama.shapes(self.model.config).values())
         title = title if spread.count() == 1 else f"{title} (1 of {spread.count()} processes)"
-        total = sum(math.prod(shapes[i]) for items in self._own(group) for _, i in items)
+        total = sum(self._weights(*item) for items in self._own(group) for item in items)
         return tqdm(total=total, unit="weight", unit_scale=True, desc=title, disable=spread.rank() > 0, leave=leave)
 
     def each(self, group: Sequence[int], bar: tqdm, work: Callable[[int, int], None]) -> None:
         """work(block, i) for each layer of these blocks that is this process's, on its device."""
-        shapes = list(llama.shapes(self.model.config).values())
-
         def of_device(items):
-            for index, i in items:
-                bar.set_postfix_str(self.path(index, i))
-                work(index, i)
-                bar.update(math.prod(shapes[i]))
+            for item in items:
+                bar.set_postfix_str(self.path(*item))
+                work(*item)
+                bar.update(self._weights(*item))
 
         spread.on_devices(of_device, self._own(group))
 
     def _own(self, group: Sequence[int]) -> list[list[tuple[int, int]]]:
         """The layers of these blocks that are this process's, for each of its devices."""
-        costs = [(m + 0.4 * n) * n for m, n in llama.shapes(self.model.config).values()]  # as the seconds on a CPU
-        devices = jax.local_device_count()
-        slots = spread.assign([costs] * count(self.config, self.model.config), spread.slots())
+        costs = lambda index: [(m + 0.4 * n) * n for m, n in self.shapes(index).values()]  # as the seconds on a CPU
+        every, devices = [*range(count(self.config, self.model.config)), self.tables], jax.local_device_count()
+        slots = dict(zip(every, spread.assign(list(map(costs, every)), spread.slots()), strict=True))
         return [[(index, i) for index in group for i, slot in enumerate(slots[index])
                  if slot == spread.rank() * devices + device] for device in range(devices)]
 
+    def weights(self, index: int) -> int:
+        """Of the layers of a block, or of the tables."""
+        return sum(map(math.prod, self.shapes(index).values()))
 
-def record(path: str, layer: CompressedLinear, given: Given, error: float, damping: float, half_steps: list[float],
-           part: dict[str, float]) -> dict[str, Any]:
+    def _weights(self, index: int, i: int) -> int:
+        return math.prod([*self.shapes(index).values()][i])
+
+
+def record(path: str, layer: CompressedLinear, given: Given | None, error: float, damping: float,
+           half_steps: list[float], part: dict[str, float]) -> dict[str, Any]:
     """What the report says of one layer.  ``bits``: all stored bits of the layer; ``error``: against the undamped H."""
     (m, n), parts = layer.shape, layer.bits_of_parts()
     sizes, used = (m * n, m * layer.rank, n * layer.rank), (layer.q, layer.left_t, layer.right)
@@ -102,5 +116,5 @@ def record(path: str, layer: CompressedLinear, given: Given, error: float, dampi
             "rank": layer.rank, "q_bits": q_bits, "factor_bits": factor_bits, "damping": damping,
             "half_step_errors": half_steps, "seconds": round(part["seconds"], 3),
             "compile_seconds": round(part["compile_seconds"], 3), "process": spread.rank(),
-            **({"peak": given.peak} if given.peak else {}),
-            **({} if given.tokens is None else {"tokens": given.tokens})}
+            **({"peak": given.peak} if given and given.peak else {}),
+            **({} if given is None or given.tokens is None else {"tokens": given.tokens})}

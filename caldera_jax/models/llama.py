@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray, UInt32
 
-from caldera_jax.linear import apply
+from caldera_jax.linear import apply, rows
 from caldera_jax.models import families
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # of a block without experts
@@ -190,6 +190,11 @@ def block_weights(config: LlamaConfig) -> int:
     return sum(math.prod(shape) for shape in shapes(config).values())
 
 
+def table_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(vocabulary, width) of the embedding and, unless it is tied to it, of the head."""
+    return {name: (config.vocab, config.dim) for name in ("embed", "head")[:1 if config.tied else 2]}
+
+
 def router_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     """(experts, inputs) of a block's router, if it has one."""
     return {"router": (config.experts, config.dim)} if config.experts else {}
@@ -207,6 +212,12 @@ def vector_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
 def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of everything in a block."""
     return shapes(config) | router_shapes(config) | vector_shapes(config)
+
+
+def all_weights(config: LlamaConfig) -> int:
+    """Number of weights of a model, gains and biases with them."""
+    block = sum(map(math.prod, block_shapes(config).values()))
+    return config.layers * block + sum(map(math.prod, table_shapes(config).values())) + config.dim
 
 
 def init(key: PRNGKeyArray | UInt32[Array, "2"], config: LlamaConfig, dtype=jnp.float32) -> Params:
@@ -319,7 +330,7 @@ def _capped(x, cap):
 
 def embed(config: LlamaConfig, params: Params, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s d"]:
     """Rows of the embedding table, at least in float32. A token outside the vocabulary gives NaN."""
-    x = jnp.asarray(params["embed"]).at[tokens].get(mode="fill", fill_value=jnp.nan)
+    x = rows(params["embed"], tokens)
     return scaled(config, x, x.dtype)
 
 
@@ -438,7 +449,11 @@ def cached_block(
 
 def head(config: LlamaConfig, params: Params, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
     """Logits from the last residual stream."""
-    logits = apply(params["embed" if config.tied else "head"], rms_norm(config, params["norm"], x))
+    return squashed(config, apply(params["embed" if config.tied else "head"], rms_norm(config, params["norm"], x)))
+
+
+def squashed(config: LlamaConfig, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+    """Logits from what the head's product gives, divided and capped as the family has them."""
     return _capped(logits if config.logit_divisor == 1 else logits / config.logit_divisor, config.logit_cap)
 
 
