@@ -507,7 +507,7 @@ def test_cut_off_anywhere_it_ends_with_the_same_bytes(finished, config, tmp_path
             compress(config, tmp_path / "out")
     done, pulled, original, fisher = [], [], allocate.error_model, calibration.output_fisher
     monkeypatch.setattr(allocate, "error_model", lambda *a: done.append(a[-1]) or original(*a))
-    monkeypatch.setattr(calibration, "output_fisher", lambda *a: pulled.append(a[-1]) or fisher(*a))
+    monkeypatch.setattr(calibration, "output_fisher", lambda *a, **more: pulled.append(a[-1]) or fisher(*a, **more))
     resumed = compress(config, tmp_path / "out")
     assert len(done) == (9 if stop == "measure" else 0)
     assert len(pulled) == {"measure": 8, "gradients": 3}.get(stop, 0)

@@ -283,7 +283,7 @@ def test_an_expert_that_no_window_of_the_gradients_asks_has_the_importance_of_it
     found |= {"blocks.1.up_0": OutputFisher(np.zeros(2), 0.0), "blocks.0.q": OutputFisher(np.zeros(2), 0.0)}
     monkeypatch.setattr(level, "output_fisher", lambda *a: found)
     config = RunConfig("smollm2-135m", bits=2.0, level=LevelConfig(), importance=Importance(2, 0.0, 0.0))
-    g = level.importance(Work(config, None, None, Clock(), tmp_path), np.zeros((4, 8), np.int64), tmp_path)
+    g = level.importance(Work(config, None, None, Clock(), tmp_path), np.zeros((4, 8), np.int64), tmp_path).g
     np.testing.assert_allclose(g["blocks.0.up_2"], [1, 3])
     np.testing.assert_allclose(g["blocks.0.up_0"], [0.75, 2.25])
     assert not g["blocks.1.up_0"].any() and not g["blocks.0.q"].any()

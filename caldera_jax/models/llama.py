@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray, UInt32
 
-from caldera_jax.linear import apply, rows
+from caldera_jax.linear import CompressedLinear, apply, rows
 from caldera_jax.models import families
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # of a block without experts
@@ -330,7 +330,8 @@ def _capped(x, cap):
 
 def embed(config: LlamaConfig, params: Params, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s d"]:
     """Rows of the embedding table, at least in float32. A token outside the vocabulary gives NaN."""
-    x = rows(params["embed"], tokens)
+    table = params["embed"]
+    x = rows(table if isinstance(table, CompressedLinear) else jnp.asarray(table), tokens)
     return scaled(config, x, x.dtype)
 
 
