@@ -1,6 +1,7 @@
 """Embedding and head: their Fisher information, their rows, and runs that bring them to the level or round them."""
 
 import dataclasses
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -217,6 +218,14 @@ def test_a_finer_level_loses_less_in_the_tables_and_what_it_costs_is_foretold(co
         found.append((divergence, sum(table["predicted_damage"] for table in row["tables"])))
     (fine, foretold), (coarse, coarsely) = found
     assert fine < coarse / 4 and 0.2 < fine / foretold < 5 and 0.2 < coarse / coarsely < 5
+
+
+def test_a_run_from_before_there_were_these_settings_goes_on(config, tmp_path):
+    compress.compress(config, out := tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["run"]["config"]["tables"], manifest["run"]["config"]["counted"], manifest["sha256"]
+    files.write_json(out / "manifest.json", manifest)
+    assert compress.compress(config, out)["model"] == config.model
 
 
 # ---- what a model with such tables does

@@ -55,9 +55,9 @@ class Run:
             known = artifact.read_manifest(out)["run"]
         if known is None and out.exists() and not self._empty():
             raise ValueError(f"{out} exists and holds something else: choose another --out")
-        if known is not None and known != identity:
-            raise ValueError(f"{out} belongs to another run ({_difference(known, identity)}): choose another --out, or "
-                             "remove it to start over")
+        if known is not None and _told(known) != _told(identity):
+            raise ValueError(f"{out} belongs to another run ({_difference(_told(known), _told(identity))}): choose "
+                             "another --out, or remove it to start over")
         if not self._read(out / "report.json"):
             self.work.mkdir(parents=True, exist_ok=True)
             try:
@@ -175,6 +175,11 @@ class Run:
             shutil.rmtree(self.work, ignore_errors=True)  # another may have found the report, and done so
         spread.barrier()
         return files.read_json(self.out / "report.json")
+
+
+def _told(identity: dict[str, Any]) -> dict[str, Any]:
+    """With the settings that the first runs did not have."""
+    return identity | {"config": {"tables": "dense", "counted": "layers", **identity["config"]}}
 
 
 def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
