@@ -194,13 +194,11 @@ def test_beside_a_fixed_rate_they_are_rounded_and_a_training_keeps_them(config, 
     assert trained["model_bits_per_weight"] == 8 * stored / llama.all_weights(convert.load(config.model).config)
 
 
-@pytest.mark.parametrize("after", [14 + 1, 14])
-def test_cut_off_at_the_tables_it_ends_with_the_same_bytes(finished, config, tmp_path, monkeypatch, after):
+def test_cut_off_at_the_last_table_it_ends_with_the_same_bytes(finished, config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt_after(patch, after)
+        interrupt_after(patch, 14 + len(names(config)) - 1)
         with pytest.raises(KeyboardInterrupt):
             compress.compress(dataclasses.replace(config, tables="level"), tmp_path / "out")
-            raise KeyboardInterrupt  # tied, it has one table
     compress.compress(dataclasses.replace(config, tables="level"), tmp_path / "out")
     assert weight_files(tmp_path / "out") == weight_files(finished[0])
 

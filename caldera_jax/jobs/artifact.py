@@ -499,7 +499,7 @@ def model_bytes(params: Params) -> int:
 
 
 def dense_bytes(params: Params, compressed: Collection[str]) -> int:
-    """Bytes of what is not among the ``compressed`` layers and tables, by their paths; these are not read for it."""
+    """Bytes of all but the ``compressed`` layers and tables, which are given by their paths and not read."""
     parts = {"": params} | {f"blocks.{i}.": block for i, block in enumerate(params["blocks"])}
     return sum(part[name].nbytes for prefix, part in parts.items() for name in part
                if name != "blocks" and f"{prefix}{name}" not in compressed)

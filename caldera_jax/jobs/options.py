@@ -100,7 +100,8 @@ class Level:
     importance_floor: Float = None
     """the least importance of an output, in units of its layer's mean; 0.02 by default."""
     importance_shrinkage: Float = None
-    """how far importance is drawn towards its layer's mean, from 0 to 1; 0.1 by default."""
+    """how far importance is drawn towards its layer's mean, from 0 to 1; 0.1 by default, and at least 0.5 for
+    the rows of embedding and head, as few windows show few of the tokens."""
 
 
 @dataclass(frozen=True)
