@@ -141,12 +141,13 @@ def shares(config: Config, w: np.ndarray, h: np.ndarray) -> Result:
 @contextmanager
 def theory() -> Iterator[tuple[Any, ...]]:
     """The modules of the claims, which work in float64, as nothing else here does."""
-    found = tuple(map(importlib.import_module, ("common", "when_rank_pays", "downdate", "rate_gap")))
-    jax.config.update("jax_enable_x64", True)
+    before = jax.config.jax_enable_x64  # the first import of ``common`` changes it
     try:
+        found = tuple(map(importlib.import_module, ("common", "when_rank_pays", "downdate", "rate_gap")))
+        jax.config.update("jax_enable_x64", True)
         yield found
     finally:
-        jax.config.update("jax_enable_x64", False)
+        jax.config.update("jax_enable_x64", before)
 
 
 def predicted(config: Config, w: np.ndarray, h: np.ndarray) -> Result:

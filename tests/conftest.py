@@ -26,8 +26,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 gc.set_threshold(50_000, 20, 50)  # millions of objects stay, those of what JAX has traced: look through them rarely
 
 import jax  # noqa: E402, I001  (it counts the cores when it starts)
+import pytest  # noqa: E402
 from programs import few_programs  # noqa: E402, F401
 
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+CONFIGURATION = {"jax_enable_x64": True, "jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise"}
+for name, value in CONFIGURATION.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True)
+def configuration():
+    """A test that leaves JAX in another configuration fails itself, and none after it."""
+    yield
+    left = {name: getattr(jax.config, name) for name in CONFIGURATION}
+    for name, value in CONFIGURATION.items():
+        jax.config.update(name, value)
+    assert left == CONFIGURATION
