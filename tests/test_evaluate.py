@@ -11,7 +11,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caldera_jax import CalderaConfig, compress_matrix
+from caldera_jax import CalderaConfig, compress_matrix, linear
 from caldera_jax.jobs import calibration, evaluate
 from caldera_jax.models import llama
 
@@ -165,6 +165,18 @@ def test_long_windows_go_through_a_block_fewer_at_a_time(base, monkeypatch):
         calibration.run_block(CONFIG, base["blocks"][0], [[np.ones((4, 7, CONFIG.dim))]], batch)
         assert shapes == expected
         shapes.clear()
+
+
+def test_a_block_too_large_to_be_put_together_finds_the_same(compressed, monkeypatch):
+    found, products = [], []
+    multiply = linear.multiply
+    monkeypatch.setattr(linear, "multiply", lambda *given: products.append(given) or multiply(*given))
+    for most in (2**28, 0):
+        monkeypatch.setattr(calibration, "UNPACKED", most)
+        calibration.forward.clear_cache()
+        found.append(evaluate.token_losses(CONFIG, compressed, TOKENS[:28].reshape(4, 7)))
+        assert bool(products) == (most == 0)
+    np.testing.assert_allclose(*found, rtol=1e-10)
 
 
 def test_a_model_does_not_diverge_from_itself_and_no_divergence_is_negative(base, compressed):

@@ -26,6 +26,7 @@ from caldera_jax.models.llama import LlamaConfig, Params
 
 CHUNK = 2048  # tokens, or one window, whose streams through all blocks ``output_fisher`` keeps at a time
 BATCH = 8192  # tokens, or one window, that go through a block at once, whatever number of windows is asked for
+UNPACKED = 2**28  # weights of a block that are put together for all batches, where decoding each anew takes longer
 
 Streams = list[list[np.ndarray]]  # [windows of the shard, s, d] of each shard that this process has, by device
 
@@ -55,11 +56,16 @@ def forward(config: LlamaConfig, block: Mapping[str, Any], x: Float[Array | np.n
 
 
 def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4) -> None:
-    """Take the streams through one block, in place, at most ``batch`` windows at a time."""
+    """Take the streams through one block, in place, at most ``batch`` windows at a time.
+
+    A compressed block is put together once, and multiplied as a dense one; one of more than ``UNPACKED`` weights never.
+    """
     block = dict(block)
 
     def run(shards):
         placed = jax.device_put(block)
+        if llama.block_weights(config) <= UNPACKED:
+            placed = {name: linear.dense(value) for name, value in placed.items()}
         for shard in shards:
             for part in _parts(shard, batch):
                 shard[part] = forward(config, placed, shard[part])
