@@ -22,6 +22,7 @@ from caldera_jax import LevelConfig, hadamard, level, linear
 from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
 from caldera_jax.jobs import artifact, evaluate, export, generate
 from caldera_jax.kernels.matmul import Packed
+from caldera_jax.levels import Integers, Levelled
 from caldera_jax.models import convert, data, files, llama, tokenizer, weights
 from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig
 
@@ -312,6 +313,86 @@ def test_narrow_types_round_every_weight_once_to_nearest(tmp_path, to, dtype, ki
     assert params["embed"].dtype == kind
 
 
+def computed(model):
+    """The logits of what ``dense`` makes of every layer."""
+    params = jax.tree.map(lambda value: np.asarray(linear.dense(value), np.float64), weights.whole(model.params),
+                          is_leaf=lambda leaf: isinstance(leaf, linear.CompressedLinear))
+    return np.asarray(forward(model.config, params, jnp.asarray(TOKENS)))
+
+
+def levelled(config, widest=100):
+    """A model of random layers of one level, whose integers reach so far, with a row and a column of zeros."""
+    model, shapes, rng = make(config), llama.shapes(config), np.random.default_rng(5)
+    octaves = lambda size: np.round(3 * rng.standard_normal(size)).astype(np.int16)
+    for block in model.params["blocks"]:
+        columns = {of: octaves(n) for of, n in llama.input_sizes(config).items()}
+        for name, (m, n) in shapes.items():
+            z = np.round(3 * rng.standard_normal((m, n))).astype(np.int16)
+            z[1, 2], z[3], z[:, 4] = widest, 0, 0
+            row, column = octaves(m), columns[llama.INPUT_OF[name]].copy()
+            row[3] = 300  # nothing asks how large that of a row of zeros is
+            q = Levelled(*map(jnp.asarray, (np.float32(0.03 / np.sqrt(n)), z, row, column, 0 * row, 0 * column)))
+            block[name] = linear.CompressedLinear(q, None, None, (), (), (m, n), (Integers(),) * 3)
+        block |= {name: value * np.float32(1.5) for name, value in block.items() if name.endswith("norm")}
+    return model
+
+
+WIDE = dataclasses.replace(PLAIN, dim=64, heads=4, kv_heads=4, head_dim=16, ffn_dim=96)
+
+
+@pytest.mark.parametrize(("change", "widest", "folded"), [
+    ({}, 100, set(llama.LINEARS)), ({"qkv_bias": True}, 127, set(llama.LINEARS)),
+    ({"kv_heads": 2}, -127, set(llama.LINEARS) - {"o"}), ({"tied": True}, 300, set(llama.LINEARS))])
+def test_q8_0_holds_the_integers_of_a_level_as_they_are(tmp_path, change, widest, folded):
+    model = levelled(dataclasses.replace(WIDE, **change), widest)
+    found = export.export(model, "gguf", tmp_path / "m.gguf", "q8_0")
+    back, blocks = convert.load(tmp_path / "m.gguf"), weights.whole(model.params)["blocks"]
+    assert_close(logits(back), computed(model), 0.02 if abs(widest) < 128 else 0.06)
+    outer = {name: value for name, value in model.params.items() if name != "blocks"}
+    exact_outer = back._replace(params=back.params | outer)  # the tables are rounded
+    assert_close(logits(exact_outer), computed(model), 2e-3 if "o" in folded and abs(widest) < 128 else 0.06)
+    for i, block in enumerate(blocks):
+        for name in llama.LINEARS:
+            kept, of, error = found[f"blocks.{i}.{name}"]
+            inside = of if abs(widest) < 128 else of - 32
+            assert (kept, of) == (inside if name in folded else 0, block[name].q.integers.size)
+            assert error < (4e-4 if kept == of else 0.1)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    down = next(t for t in reader.tensors if t.name == "blk.1.ffn_down.weight")
+    assert down.tensor_type == gguf.GGMLQuantizationType.Q8_0
+    codes = np.asarray(down.data).reshape(64, 3, 34)[:, :, 2:].view(np.int8).reshape(64, 96)
+    z = blocks[1]["down"].q.integers
+    if abs(widest) < 128:
+        np.testing.assert_array_equal(codes, z)
+    else:  # a block beyond 8 bits is rounded to multiples of 4
+        np.testing.assert_array_equal(np.delete(codes, np.s_[:32], 1), np.delete(z, np.s_[:32], 1))
+        assert np.abs(4.0 * codes[1, :32] - np.asarray(z[1, :32], float)).max() <= 2
+    assert sum(t.n_bytes for t in reader.tensors if len(t.shape) == 2) * 32 == 34 * sum(
+        t.n_elements for t in reader.tensors if len(t.shape) == 2)
+
+
+def test_q8_0_rounds_what_is_not_of_one_level(tmp_path):
+    model, other = levelled(WIDE), levelled(WIDE)
+    packed = {name: random_layer(3, *shape, 4) for name, shape in llama.shapes(WIDE).items()}
+    other.params["blocks"][1] |= packed
+    k = other.params["blocks"][0]["k"]  # no norm takes two b
+    other.params["blocks"][0]["k"] = dataclasses.replace(k, q=k.q._replace(column=k.q.column.at[5].add(1)))
+    for given, blocks in ((model, ()), (other, (0, 1))):
+        found = export.export(given, "gguf", tmp_path / f"{len(blocks)}.gguf", "q8_0")
+        lost = {name.split(".")[1] for name, one in found.items() if "." in name and not one.kept}
+        assert lost == set(map(str, blocks))
+        assert max(one.error for one in found.values()) < 0.01
+        assert_close(logits(convert.load(tmp_path / f"{len(blocks)}.gguf")), computed(given), 0.05)
+
+
+def test_a_scale_beyond_float16_is_named_and_nothing_is_left(tmp_path):
+    model = levelled(WIDE)
+    model.params["blocks"][1]["gate"] = model.params["blocks"][1]["gate"].dense() * np.float32(1e9)
+    with pytest.raises(ValueError, match=r"blocks.1.gate: a scale of .* float16 of Q8_0.*--dtype float32"):
+        export.export(model, "gguf", tmp_path / "m.gguf", "q8_0")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("to", "dtype", "size"), [("hf", "bfloat16", 3.4e38), ("gguf", "float16", 70_000.0)])
 def test_a_weight_too_large_for_the_type_is_named_and_nothing_is_left(tmp_path, to, dtype, size):
     model = make(PLAIN)
@@ -438,7 +519,9 @@ def test_rows_of_q_and_k_are_in_ggufs_pairs(tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (("onnx", "out"), "unknown format 'onnx': choose one of hf, gguf"),
     (("hf", "out", "float16"), "--to hf is written in float32 or bfloat16, got 'float16'"),
-    (("gguf", "out.gguf", "bfloat16"), "--to gguf is written in float32 or float16"),
+    (("gguf", "out.gguf", "bfloat16"), "--to gguf is written in float32 or float16 or q8_0"),
+    (("gguf", "out.gguf", "q8_0"), "Q8_0 has a scale for 32 inputs, and embed has 24: choose another --dtype"),
+    (("hf", "out", "q8_0"), "--to hf is written in float32 or bfloat16, got 'q8_0'"),
     (("gguf", "out"), "let --out end in .gguf"),
 ])
 def test_a_wrong_request_is_answered_with_what_is_possible(tmp_path, arguments, message):

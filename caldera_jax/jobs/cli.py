@@ -326,8 +326,8 @@ def figures(r: generate.Result) -> str:
 
 
 def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
-            dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
-    """Write a compressed model as dense files that other programs read: W ≈ Q + L R put together again.
+            dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32") -> None:
+    """Write a compressed model as files that other programs read: W ≈ Q + L R put together again.
 
     Args:
         directory: of a compressed model, as compress wrote it.
@@ -335,11 +335,18 @@ def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
             of architecture Llama or Qwen2.
         out: the directory, or the file ending in .gguf, to write; must be new.
         dtype: float32 keeps logits and perplexity; bfloat16 (hf) and float16 (gguf) take half the space and round every
-            weight once.
+            weight once; q8_0 (gguf) takes 8.5 bits a weight, keeps the integers of one level as they are and rounds
+            other weights.
     """
     model = artifact.load(directory)
-    export.export(model, to, out, dtype)
+    found = export.export(model, to, out, dtype)
     print(f"written: {out}")
+    if found:
+        path, worst = max(found.items(), key=lambda item: item[1].error)
+        layers = [one for name, one in found.items() if "." in name]
+        kept = sum(one.kept for one in layers) / sum(one.of for one in layers)
+        print(f"{kept:.2%} of the layers' integers are the model's own, all else is rounded: {path} the most, by "
+              f"{worst.error:.1e} of its norm")
     if "classifier" in model.params:
         print("the classifier is not in it: neither format has a place for it")
     if to == "gguf" and convert.windowed(model.config):

@@ -1,6 +1,7 @@
-"""A compressed model as dense files for other programs: a Hugging Face directory, or a GGUF file.
+"""A compressed model as files for other programs: a Hugging Face directory, or a GGUF file.
 
-W ≈ Uᵀ (Q + L R) V is put together layer by layer, so that memory holds one file's part of the dense weights.  Files are
+W ≈ Uᵀ (Q + L R) V is put together layer by layer, so that memory holds one file's part of the dense weights; in Q8_0,
+whose rows are integers and scales, the integers of a levelled W = diag(a) Z diag(b) are written as they are.  Files are
 written beside their place and renamed when they are whole and on the disk.
 """
 
@@ -8,32 +9,46 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from caldera_jax import linear
-from caldera_jax.models import convert, files, tokenizer, weights
+from caldera_jax.levels import Levelled
+from caldera_jax.linear import CompressedLinear
+from caldera_jax.models import convert, files, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
-from caldera_jax.models.llama import Params
+from caldera_jax.models.llama import LINEARS, LlamaConfig, Params
 from caldera_jax.models.weights import Block
 
-DTYPES = {"hf": ("float32", "bfloat16"), "gguf": ("float32", "float16")}
+DTYPES = {"hf": ("float32", "bfloat16"), "gguf": ("float32", "float16", "q8_0")}
+BLOCK = 32  # weights of a row that share a scale in Q8_0
 
 
-def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> None:
-    """Write a model, compressed or not, as dense files: a directory (``to`` "hf") or one file ("gguf").
+class Written(NamedTuple):
+    """Of a matrix in Q8_0: how many of its integers are those of the model, of how many, and ‖Ŵ − W‖ / ‖W‖."""
+
+    kept: int
+    of: int
+    error: float
+
+
+def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> dict[str, Written]:
+    """Write a model, compressed or not, for other programs: a directory (``to`` "hf") or one file ("gguf").
 
     float32, the default, keeps what the model computes: its logits and its perplexity are those of the compressed model
     up to the rounding of the products.  bfloat16 and float16 take half the space and round every weight, by at most
     2⁻⁸ and 2⁻¹¹ of itself (float16 by 3e-8 where that is more), far less than the compression did.  Gemma scales
     its embedding by a root that is rounded to the embedding's type: exported in another, by one up to 2⁻⁸ off.
+    q8_0 takes 8.5 bits a weight, integers of 8 bits and a float16 scale for 32 of them (``quantized``); what became of
+    each matrix is returned, of other types nothing.
 
-    Needs memory for twice the embedding, one layer, and a gigabyte of weights.  Raises ValueError where OUT exists, the
-    format cannot hold the model or its tokenizer, or a weight is too large for the dtype, and OSError where the disk is
-    full; nothing is left of OUT.
+    Needs memory for twice the embedding, one layer (q8_0: one block), and a gigabyte of weights.  Raises ValueError
+    where OUT exists, the format cannot hold the model or its tokenizer, or a weight is too large for the dtype, and
+    OSError where the disk is full; nothing is left of OUT.
     """
     out = Path(out)
     if to not in DTYPES:
@@ -42,7 +57,7 @@ def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> No
         raise ValueError(f"--to {to} is written in {' or '.join(DTYPES[to])}, got {dtype!r}")
     if to == "gguf" and out.suffix != ".gguf":
         raise ValueError(f"a GGUF file is known by its name: let --out end in .gguf, got {out}")
-    params = dense(model.params, jnp.dtype(dtype))
+    params, found = quantized(model) if dtype == "q8_0" else (dense(model.params, jnp.dtype(dtype)), {})
     with aside(out) as place:
         if to == "gguf":
             convert.save_gguf(place, model._replace(params=params))
@@ -55,6 +70,98 @@ def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> No
             convert.save_hf(place, model.config, params, more={**ids, "dtype": dtype, "torch_dtype": dtype})
             tokenizer.to_directory(place, model.tokenizer, special, model.config.context)
             files.write_json(place / "generation_config.json", ids)
+    return found
+
+
+def quantized(model: Model) -> tuple[Params, dict[str, Written]]:
+    """The params with every matrix as rows of Q8_0, and what became of each once it has been read.
+
+    Of W = diag(a) Z diag(b) the integers Z are kept and a becomes the scales.  b, which layers of one input share, goes
+    into the norm before them (q, k, v; gate, up), into the rows of up (down) or of v (o, but where query heads share
+    those of v); powers of two between them keep the scales in the range of float16.  Integers beyond 8 bits share a
+    coarser scale with their block and are rounded to it, as is what is not of one level.
+    Raises ValueError for a matrix whose inputs are no multiple of 32.
+    """
+    config, params, found = model.config, model.params, {}
+    for name, (_, n) in (llama.table_shapes(config) | llama.shapes(config)).items():
+        if n % BLOCK:
+            raise ValueError(f"Q8_0 has a scale for {BLOCK} inputs, and {name} has {n}: choose another --dtype")
+
+    def write(path, values, unit, exact=False):
+        packed, of_path = pack(path, values, unit)
+        found[path] = of_path if exact else of_path._replace(kept=0)
+        return packed
+
+    def rounded(path, weight):
+        weight = np.asarray(linear.dense(weight), np.float32)
+        unit = np.abs(weight.reshape(len(weight), -1, BLOCK)).max(-1) / 127
+        return write(path, weight / np.repeat(np.where(unit > 0, unit, 1), BLOCK, axis=1), unit)
+
+    @lru_cache(1)  # of the blocks, whose tensors are read one after the other
+    def block(index):
+        parts, scales = dict(params["blocks"][index]), {}
+        if _foldable(parts):
+            parts, scales = _folded(config, parts)
+        return {name: np.asarray(part, np.float32) if np.ndim(part) == 1 else
+                write(f"blocks.{index}.{name}", np.asarray(part), scales[name][:, None], True) if name in scales else
+                rounded(f"blocks.{index}.{name}", part) for name, part in parts.items()}
+
+    blocks = [Block({name: partial(lambda i, name: block(i)[name], i, name) for name in of})
+              for i, of in enumerate(params["blocks"])]
+    tables = {name: rounded(name, params[name]) for name in llama.table_shapes(config)}
+    return tables | {"norm": np.asarray(params["norm"], np.float32), "blocks": blocks}, found
+
+
+def _foldable(block: Params) -> bool:
+    """Whether all layers are diag(a) Z diag(b), those of one input with one b."""
+    layers = [block[name] for name in LINEARS]
+    if not all(isinstance(w, CompressedLinear) and isinstance(w.q, Levelled) and not w.rank for w in layers):
+        return False
+    shared = ("q", "k"), ("q", "v"), ("gate", "up")
+    return all(np.array_equal(*(block[name].q.column for name in pair)) for pair in shared)
+
+
+def _folded(config: LlamaConfig, block: Params) -> tuple[Params, dict[str, np.ndarray]]:
+    """The block with integers in place of the layers that keep theirs, and the scales of their rows."""
+    parts, a, b, found = {name: block[name].q for name in LINEARS}, {}, {}, dict(block)
+    for name, part in parts.items():
+        a[name], b[name] = (np.asarray(side, np.float64) for side in part.scales(np.float32))
+        a[name] = np.where(np.any(part.integers, axis=1), a[name], 0)  # that of a row of zeros may be of any size
+    middle = lambda scale: 2.0 ** np.round(np.log2(scale[scale > 0]).mean()) if scale.any() else 1.0
+    for norm, first, layers in (("attn_norm", "q", "qkv"), ("ffn_norm", "gate", ("gate", "up"))):
+        size = middle(a[first])
+        found[norm] = np.asarray(block[norm], np.float64) * b[first] * size
+        for name in layers:
+            a[name] = a[name] / size
+    grouped = config.heads != config.kv_heads
+    for before, name in (("up", "down"), *(() if grouped else (("v", "o"),))):
+        size = middle(np.sqrt(a[name]))  # half of it
+        a[before], a[name] = a[before] * b[name] * size, a[name] / size
+        if bias := {f"{before}_bias"} & block.keys():
+            found |= {part: np.asarray(block[part], np.float64) * b[name] * size for part in bias}
+    kept = [name for name in LINEARS if not (name == "o" and grouped)]
+    return found | {name: parts[name].integers for name in kept}, {name: a[name] for name in kept}
+
+
+def pack(path: str, values: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, Written]:
+    """Rows of Q8_0 of values [m, n] in units [m, n / 32 or 1], as bytes, and what is lost of them.
+
+    ValueError where a scale leaves the range of float16."""
+    values = values.reshape(len(values), -1, BLOCK)
+    top = np.abs(values).max(-1)
+    coarse = np.exp2(np.maximum(np.ceil(np.log2(np.maximum(top, 1) / 127)), 0))
+    scale = np.broadcast_to(unit, top.shape) * coarse
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError(f"{path}: a scale of {np.abs(scale).max():.3g} is too large for the float16 of Q8_0 (largest: "
+                         "65504): choose --dtype float32")
+    codes = np.rint(values / coarse[..., None]).astype(np.int8)
+    wanted, got = values * np.float64(unit)[..., None], codes * np.float64(half)[..., None]
+    size = np.linalg.norm(wanted)
+    packed = np.concatenate([half[..., None].view(np.uint8), codes.view(np.uint8)], axis=-1)
+    error = float(np.linalg.norm(got - wanted) / size) if size else 0.0
+    return packed.reshape(len(values), -1), Written(BLOCK * int(np.sum(coarse == 1)), values.size, error)
 
 
 def dense(params: Params, dtype) -> Params:

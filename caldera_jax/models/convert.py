@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+)
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -36,6 +44,11 @@ _IDLE |= {name: (0,) for name in ("attention.scale", "attention.clamp_kqv", "att
                                   "attn_logit_softcapping", "final_logit_softcapping")}
 STEP = 1024  # rows of a table that are read at a time
 _PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")  # the first of several
+
+KINDS = {"float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),  # of matrices, by what their arrays hold
+         "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+         "uint8": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0)}
+ARRAYS = {kind: np.dtype(name) for name, (kind, _) in KINDS.items()}
 
 GGUF = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
 GGUF |= {"o": "blk.{}.attn_output.weight"}
@@ -377,10 +390,10 @@ def save_gguf(path: str | Path, model: Model) -> None:
     """Write a dense model as a GGUF file of architecture ``llama``, or ``qwen2`` where q, k and v have biases, that
     ``load`` and other programs read.
 
-    Matrices in the type of the embedding, float16 or float32, and vectors in float32; each is read from the params when
-    it is its turn. Raises ValueError for what such a file cannot hold: other families, Llama 3's rope scaling beside
-    biases, or with other numbers than its releases', some tokenizers (``tokenizer.to_gguf``); and OSError where the
-    disk is full.
+    Matrices in the type of the embedding, float16, float32 or, as bytes of every row, Q8_0, and vectors in float32;
+    each is read from the params when it is its turn. Raises ValueError for what such a file cannot hold: other
+    families, Llama 3's rope scaling beside biases, or with other numbers than its releases', some tokenizers
+    (``tokenizer.to_gguf``); and OSError where the disk is full.
     """
     config, params = model.config, model.params
     if config.family != "llama":
@@ -393,10 +406,10 @@ def save_gguf(path: str | Path, model: Model) -> None:
     factors = _factors_from_llama3(config) if isinstance(config.rope_scaling, Llama3RopeScaling) else None
     writer, table = GGUFWriter(path, architecture), tokenizer.to_gguf(
         model.tokenizer, model.special, config.vocab, model.ends)
-    half = params["embed"].dtype == np.float16
+    kind, file_type = KINDS[np.dtype(params["embed"].dtype).name]
     writer.add_type("model")
     writer.add_name(Path(model.name).name)
-    writer.add_file_type(LlamaFileType.MOSTLY_F16 if half else LlamaFileType.ALL_F32)
+    writer.add_file_type(file_type)
     writer.add_vocab_size(config.vocab)
     writer.add_block_count(config.layers)
     writer.add_context_length(config.context)
@@ -417,20 +430,20 @@ def save_gguf(path: str | Path, model: Model) -> None:
     for key, value in table.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
         add[type(value)](key, value)
-    matrix = np.dtype(np.float16 if half else np.float32)
     paired = {GGUF[part].format(i): count for part, count in _paired(config).items() for i in range(config.layers)}
     tensors = [] if factors is None else [("rope_freqs.weight", factors.shape, lambda: factors)]
     tensors = [(name, shape, partial(_interleave, read, paired[name]) if name in paired else read,
-                matrix if len(shape) == 2 else np.dtype(np.float32))
+                kind if len(shape) == 2 else GGMLQuantizationType.F32)
                for name, shape, read in [*tensors, *_tensors(config, GGUF, params)]]
     try:
-        for name, shape, _, kind in tensors:
-            writer.add_tensor_info(name, shape, kind, math.prod(shape) * kind.itemsize)
+        for name, shape, _, of in tensors:
+            block, size = GGML_QUANT_SIZES[of]
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, of)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, _, read, kind in tensors:
-            writer.write_tensor_data(np.ascontiguousarray(read(), kind))
+        for _, _, read, of in tensors:
+            writer.write_tensor_data(np.ascontiguousarray(read(), ARRAYS[of]))
     finally:
         writer.close()
 
