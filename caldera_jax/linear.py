@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 
 from caldera_jax import hessian, incoherence, kernels, levels
 from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, dequantize, quantize
 from caldera_jax.decompose import CalderaConfig, Decomposition, Trace, caldera
 from caldera_jax.incoherence import Rotation
+from caldera_jax.kernels import integers
 from caldera_jax.kernels.matmul import Packed, Rows, multiply
 from caldera_jax.levels import Integers, LevelConfig, Levelled
 from caldera_jax.packing import pack as pack_codes
@@ -25,6 +26,16 @@ from caldera_jax.packing import pack_signs, unpack, unpack_signs
 
 Grid = Codebook | Integers
 PLAIN = LevelConfig()
+
+
+class Bytes(NamedTuple):
+    """Q = diag(a) Z diag(b) as it is multiplied fastest: Z in bytes.  Behind its n columns some stand again, those of
+    ``again``: an integer beyond 8 bits is the sum of its copies."""
+
+    integers: Int8[Array, "m _"]
+    again: Int[Array, " e"]
+    a: Float[Array, " m"]
+    b: Float[Array, " n"]
 
 
 @no_type_check
@@ -35,13 +46,13 @@ class CompressedLinear:
 
     q: rows of Q.  left_t: rows of Lᵀ [k − r, m].  right: rows of R [k − r, n].  A part that is off is None.  A part of
     free rate is ``Levelled``, of the whole L then, and kept as integers of 8 bits (16, 32 where one is larger); what is
-    stored of it is what ``levels.encode`` makes of it.
+    stored of it is what ``levels.encode`` makes of it.  ``Bytes`` (``in_bytes``) is for products alone.
     left_side, right_side: the rotations U of the outputs and V of the inputs: packed sign bits (randomized Hadamard),
     trained reals in their place, a tuple of orthogonal factors, or the empty tuple for none.
     trained: the first r rows of Lᵀ [r, m] and of R [r, n] as numbers, once they are trained; None before.
     """
 
-    q: Packed | Levelled | None
+    q: Packed | Levelled | Bytes | None
     left_t: Packed | Levelled | None
     right: Packed | Levelled | None
     left_side: Array | tuple[Array, ...]
@@ -77,7 +88,7 @@ class CompressedLinear:
         part = self.q or self.right
         if part is None:
             return jnp.promote_types(self.trained[0].dtype, jnp.float32)
-        return part.level.dtype if isinstance(part, Levelled) else part.scale.dtype
+        return (part.level if isinstance(part, Levelled) else part.a if isinstance(part, Bytes) else part.scale).dtype
 
     def rotated(self) -> tuple[Array | None, Array | None, Array | None]:
         """Q [m, n], L [m, k], R [k, n] decoded, in the rotated basis; None for a part that is off."""
@@ -159,11 +170,14 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     left_t, right = (weight.left_t if stages[1] else _left_t(weight),
                      weight.right if stages[2] else _decode(weight.grids[2], weight.right, n))
     rotated = incoherence.forward(sides.right, rows)
-    if isinstance(weight.q, Levelled):
+    if isinstance(weight.q, Bytes):
+        y = _by_bytes(rotated, weight.q)
+        y = y if right is None else y + multiply(rotated, (None, left_t, right), stages, m)
+    elif isinstance(weight.q, Levelled):
         a, b = weight.q.scales(jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
         size = jnp.exp(jnp.mean(jnp.log(a)))  # beside b, so that sums of integers stay in the range of half precision
-        integers = Rows((weight.q.integers,), lambda tile: tile)
-        y = multiply(rotated * (b * size).astype(x.dtype)[None], (integers, None, None), stages, m)
+        z = Rows((weight.q.integers,), lambda tile: tile)
+        y = multiply(rotated * (b * size).astype(x.dtype)[None], (z, None, None), stages, m)
         y = y * (a / size).astype(x.dtype)[None]
         y = y if right is None else y + multiply(rotated, (None, left_t, right), stages, m)
     else:
@@ -173,6 +187,62 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
         left_t, right = (jnp.asarray(factor).astype(x.dtype) for factor in weight.trained)
         y = y + rotated @ right.T @ left_t
     return incoherence.backward(sides.left, y).reshape(*x.shape[:-1], m)
+
+
+def _by_bytes(x, q):
+    """x Qᵀ: by products of integers on a CPU, elsewhere, and in double precision, as rows that are widened."""
+    bytewise = jax.default_backend() == "cpu" and x.dtype.itemsize <= 4
+    kind = jnp.dtype(jnp.float32) if bytewise else x.dtype
+    scaled = x.astype(kind) * q.b.astype(kind)[None]
+    scaled = jnp.concatenate([scaled, scaled[:, q.again]], axis=1)
+    z = Rows((q.integers,), lambda tile: tile)
+    y = integers.multiply(scaled, q.integers) if bytewise else multiply(
+        scaled, (z, None, None), (None,) * 3, len(q.a))
+    return (y * q.a.astype(kind)[None]).astype(x.dtype)
+
+
+def in_bytes(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarray | CompressedLinear:
+    """The same weight with Q in ``Bytes`` and L R as numbers, where Q is one of integers: levelled, or E8P at 2 bits
+    with one scale, whose entries are quarters.  Any other weight as it is, and one that would take more than two bytes
+    an integer.  Host function.
+
+    No gradient passes a product with it, and it has no ``dense`` and no ``stored_bits``.
+    """
+    if not isinstance(weight, CompressedLinear):
+        return weight
+    if isinstance(q := weight.q, Levelled):
+        z, (a, b) = np.asarray(q.integers), q.scales(weight.dtype)
+    elif isinstance(q, Packed) and _stages(weight.grids[0]) == (1.0,):
+        found, scale = np.asarray(_decode(weight.grids[0], q, weight.shape[1])), np.asarray(q.scale)
+        z, (m, n) = np.rint(4 * found / np.where(scale == 0, 1, scale)).astype(np.int8), weight.shape
+        a, b = jnp.full(m, scale.item() / 4, scale.dtype), jnp.ones(n, scale.dtype)
+    else:
+        return weight
+    z = z.astype(np.int32)
+    again = np.repeat(np.arange(z.shape[1]), np.maximum(np.abs(z).max(axis=0, initial=0) - 1, 0) // 127)
+    if len(again) > z.shape[1]:
+        return weight
+    first = np.clip(z, -127, 127)
+    rest, copy = (z - first)[:, again], np.arange(len(again)) - np.searchsorted(again, again)
+    more = np.sign(rest) * np.clip(np.abs(rest) - 127 * copy, 0, 127)
+    _, left, right = (None,) * 3 if not weight.rank else dataclasses.replace(weight, q=None).rotated()
+    both = np.concatenate([first, more], axis=1).astype(np.int8)
+    return dataclasses.replace(
+        weight, q=Bytes(jnp.asarray(both), jnp.asarray(again, jnp.int32), a, b),
+        left_t=None, right=None, trained=None if left is None else (left.T, right))
+
+
+def alike(layers: Sequence[Array | np.ndarray | CompressedLinear]) -> list[Array | np.ndarray | CompressedLinear]:
+    """The same weights, those in ``Bytes`` with equally many columns: a program for one is one for all."""
+    own = [isinstance(w, CompressedLinear) and isinstance(w.q, Bytes) for w in layers]
+    most = max((len(w.q.again) for w, is_own in zip(layers, own, strict=True) if is_own), default=0)
+
+    def widened(weight):
+        q, more = weight.q, most - len(weight.q.again)
+        return dataclasses.replace(weight, q=q._replace(integers=jnp.pad(q.integers, ((0, 0), (0, more))),
+                                                        again=jnp.pad(q.again, (0, more))))
+
+    return [widened(w) if is_own else w for w, is_own in zip(layers, own, strict=True)]
 
 
 def rows(weight: Array | np.ndarray | CompressedLinear, places: Int[Array | np.ndarray, "*batch"]
@@ -190,7 +260,10 @@ def rows(weight: Array | np.ndarray | CompressedLinear, places: Int[Array | np.n
         found = jnp.asarray(weight)[at]
     elif weight.q is None or weight.rank or jax.tree.leaves((weight.left_side, weight.right_side)):
         raise ValueError("single rows are read of a weight that is Q alone, without rotation: this one has more")
-    elif isinstance(q := weight.q, Levelled):
+    elif isinstance(q := weight.q, Bytes):
+        z = q.integers[at].astype(q.a.dtype)
+        found = q.a[at][:, None] * z[:, :n].at[:, q.again].add(z[:, n:]) * q.b[None]
+    elif isinstance(q, Levelled):
         a, b = q.scales(weight.dtype)
         found = a[at][:, None] * jnp.asarray(q.integers)[at].astype(a.dtype) * b[None]
     else:

@@ -1,48 +1,78 @@
-"""Memory and speed of generation from packed weights, beside the same weights put together as dense matrices.
+"""Speed and memory of generation from compressed weights, in bytes and packed, beside the same weights dense.
 
-    python experiments/generation.py                   # SmolLM2-135M at k = 32, as ``recovery.py`` compresses it
-    python experiments/generation.py --model tiny-smoke    # seconds
+    python experiments/generation.py                   # SmolLM2-135M, and four blocks of 1536 and 8960 inputs
+    python experiments/generation.py --models tiny-smoke --rank 4 --bits 4    # seconds
 
-Each measurement is a process of its own, packed and dense in turn.  The first of each compiles its programs; those
-after it find them, as `caldera generate` does from its second run on.  results/generation.json holds the first, and
-medians of the rest.
+Each model twice: E8P at 2 bits with L R, and all weights at one level.  Four wide blocks have random weights, since
+their speed is that of their shapes.  Each measurement is a process of its own, one kind after the other in turn.  The
+first of each compiles its programs; those after it find them, as `caldera generate` does from its second run on.
+results/generation.json holds the first, and medians of the rest.
 """
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import drawing
+import dry_run
 import machinery
 import numpy as np
-import recovery
 import tyro
 
-from caldera_jax.jobs import artifact, report
+from caldera_jax import CalderaConfig, LevelConfig
+from caldera_jax.jobs import report
+from caldera_jax.jobs.compress import compress
 from caldera_jax.jobs.generate import Result, Sampling, run_apart
+from caldera_jax.jobs.settings import RunConfig
 from caldera_jax.models import files
+from caldera_jax.models.data import Tokens
+from caldera_jax.models.llama import LlamaConfig
 
+WORK = Path("out/generation")
+WIDE = {"wide": LlamaConfig(vocab=8192, dim=1536, layers=4, heads=12, kv_heads=2, head_dim=128, ffn_dim=8960,
+                            qkv_bias=True, context=1024)}  # Qwen2.5-Coder-1.5B's blocks, and words enough to calibrate
 PROMPTS = ("The capital of France is", "Water boils when", "In the nineteenth century", "A prime number is",
            "The river flows from", "Most birds", "The first computers", "She opened the door and")
+KINDS = {"E8P + L R": ("bytes", "packed"), "level": ("bytes", "packed", "dense")}  # dense is dense
 
 
 @dataclass(frozen=True)
 class Config:
     """Greedy continuations of one prompt and of eight together; medians of ``repeats`` after the first."""
 
-    model: Literal["smollm2-135m", "tiny-smoke"] = "smollm2-135m"
+    models: tuple[str, ...] = ("smollm2-135m", "wide")
     tokens: int = 64
     batches: tuple[int, ...] = (1, 8)
-    repeats: int = 5
+    repeats: int = 3
+    rank: int = 32
+    bits: float = 2.0
 
 
-def source(config: Config) -> Path:
-    """The compressed model."""
-    preset = "smoke" if config.model == "tiny-smoke" else "full"
-    return recovery.compressed(next(one for one in recovery.runs(preset) if one.model == config.model))
+def source(config: Config, model: str, kind: str) -> Path:
+    """The compressed model, made once."""
+    out, smoke = WORK / model, model == "tiny-smoke"
+    tokens = Tokens(windows=8 if smoke else 64, window=64 if smoke else 512)
+    chosen = RunConfig(model if model in WIDE else machinery.source(model), calibration=tokens,
+                       evaluation=dataclasses.replace(tokens, windows=4))
+    if model in WIDE:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "random"
+        if not path.is_dir():
+            dry_run.write_model(path, WIDE[model], 0)
+            dry_run.write_text(out / "words.txt", WIDE[model], 16 * 512, 1)
+        few = Tokens(str(out / "words.txt"), 16, 512)
+        chosen = dataclasses.replace(chosen, model=str(path), calibration=few,
+                                     evaluation=dataclasses.replace(few, windows=4))
+    own = {"caldera": CalderaConfig(rank=config.rank, outer_iterations=1 if model in WIDE else 5)}
+    if kind == "level":
+        own = {"bits": config.bits, "level": LevelConfig()}
+    found = out / report.config_hash((config.rank, config.bits, kind))[:12]
+    compress(dataclasses.replace(chosen, **own), found, out / "moments")
+    return found
 
 
 def figures(results: list[Result]) -> dict[str, float]:
@@ -55,43 +85,46 @@ def figures(results: list[Result]) -> dict[str, float]:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """For every batch the packed and the dense figures, their ratios, and how many tokens are the same."""
-    directory, rows = source(config), []
-    for batch in config.batches:
-        with TemporaryDirectory() as programs, patch.dict(os.environ, {
-                "JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}):
-            first, *pairs = [[run_apart(directory, PROMPTS[:batch], Sampling(config.tokens), dense)
-                              for dense in (False, True)] for _ in range(1 + config.repeats)]
-        packed, dense = map(list, zip(*pairs, strict=True))
-        both = [(a, b) for rows_of in zip(packed[0].tokens, dense[0].tokens, strict=True)
-                for a, b in zip(*rows_of, strict=False)]
-        ours, theirs = figures(packed), figures(dense)
-        rows.append({"batch": batch, "packed": ours, "dense": theirs,
-                     "first": {name: figures([one]) for name, one in zip(("packed", "dense"), first, strict=True)},
-                     "dense_over_packed": {name: theirs[name] / ours[name] for name in ours if "byte" in name},
-                     "packed_over_dense_rate": float(np.median([p.token_rate / d.token_rate for p, d in pairs])),
-                     "tokens": len(both), "same_tokens": sum(a == b for a, b in both), "text": packed[0].texts[0]})
-    own = files.read_json(directory / "report.json")
-    return {**report.provenance(config, 0), "model_sha256": machinery.fingerprint(config.model),
-            "caldera": artifact.read_manifest(directory)["run"]["config"]["caldera"],
-            "bits_per_weight": own["bits_per_weight"], "rows": rows}
+    """For every model and batch the figures of every kind, speeds over the dense one's, and how many tokens are those
+    of the dense weights."""
+    rows = []
+    for model in config.models:
+        sources = {(kind, held): source(config, model, kind) for kind, of in KINDS.items() for held in of}
+        for batch in config.batches:
+            prompts = PROMPTS[:batch] if model not in WIDE else [f"w{i} w{i + 7} w{2 * i}" for i in range(batch)]
+            with TemporaryDirectory() as programs, patch.dict(os.environ, {
+                    "JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}):
+                first, *rest = [{key: run_apart(path, prompts, Sampling(config.tokens), key[1])
+                                 for key, path in sources.items()} for _ in range(1 + config.repeats)]
+            dense = [one["level", "dense"] for one in rest]
+            for key, path in sources.items():
+                own, made = [one[key] for one in rest], files.read_json(path / "report.json")
+                same = [a == b for x, y in zip(own[0].tokens, dense[0].tokens, strict=True)
+                        for a, b in zip(x, y, strict=False)]
+                rows.append({
+                    "model": model, "batch": batch, "kind": key[0], "held": key[1], **figures(own),
+                    "first": figures([first[key]]),
+                    "rate_over_dense": float(np.median([a.token_rate / b.token_rate
+                                                        for a, b in zip(own, dense, strict=True)])),
+                    **({"tokens": len(same), "same_tokens": sum(same)} if key[0] == "level" else {}),
+                    "stored_bits_per_weight": made["bits_per_weight"],
+                    "bits_in_memory": 8 * own[0].layer_bytes / made["compressed_weights"],
+                    "text": own[0].texts[0] if model not in WIDE else None})
+    return {**report.provenance(config, 0), "rows": rows}
 
 
 def main(config: Config) -> None:
     """Measure, record, print."""
     found = measure(config)
-    other = "" if config.model == Config().model else f"_{config.model}"
+    other = "" if config.models == Config().models else f"_{config.models[0]}"
     files.write_json(drawing.RESULTS / f"generation{other}.json", found)
     for row in found["rows"]:
-        ours, theirs, ratio = row["packed"], row["dense"], row["dense_over_packed"]
-        sizes = "; ".join(f"{name} {ours[key] / 1e6:.1f} of {theirs[key] / 1e6:.1f} MB ({ratio[key]:.2f} times)"
-                          for name, key in (("layers", "layer_bytes"), ("weights", "weight_bytes"),
-                                            ("process beyond its start", "peak_bytes")))
-        print(f"batch {row['batch']}: {sizes}; {ours['token_rate']:.1f} against {theirs['token_rate']:.1f} tokens/s "
-              f"({row['packed_over_dense_rate']:.2f}); {row['same_tokens']} of {row['tokens']} tokens are the same; "
-              f"compiling takes {ours['compile_seconds']:.1f} and {theirs['compile_seconds']:.1f} s, the first time " +
-              " and ".join(f"{one['compile_seconds']:.1f} s in {one['peak_bytes'] / 1e6:.0f} MB"
-                           for one in row["first"].values()))
+        same = f"; {row['same_tokens']} of {row['tokens']} tokens are those of dense weights" if "tokens" in row else ""
+        print(f"{row['model']}, {row['kind']}, {row['held']}, batch {row['batch']}: {row['token_rate']:.1f} tokens/s, "
+              f"{row['rate_over_dense']:.2f} times dense; layers {row['layer_bytes'] / 1e6:.1f} MB, "
+              f"{row['bits_in_memory']:.2f} bits a weight; process beyond its start "
+              f"{row['peak_bytes'] / 1e6:.0f} MB; compiling {row['first']['compile_seconds']:.1f} s the first time, "
+              f"then {row['compile_seconds']:.1f} s{same}")
 
 
 if __name__ == "__main__":

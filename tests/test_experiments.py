@@ -167,13 +167,17 @@ def test_committed_results_are_those_of_the_full_preset_and_make_the_committed_f
 
 
 @pytest.mark.slow
-def test_generation_is_measured_packed_and_dense_and_both_say_the_same(results, capsys):
+def test_generation_is_measured_in_bytes_packed_and_dense_and_all_say_the_same(results, capsys, tmp_path, monkeypatch):
     import generation
 
-    generation.main(generation.Config("tiny-smoke", tokens=4, batches=(2,), repeats=1))
+    monkeypatch.setattr(generation, "WORK", tmp_path)
+    generation.main(generation.Config(("tiny-smoke",), tokens=4, batches=(2,), repeats=1, rank=4, bits=4.0))
     record = json.loads((results / "generation_tiny-smoke.json").read_text())
-    [row] = record["rows"]
-    assert row["tokens"] == row["same_tokens"] == 8 and record["config_hash"]
-    for name, ratio in row["dense_over_packed"].items():
-        assert ratio == row["dense"][name] / row["packed"][name] > (2 if name == "layer_bytes" else 0)
-    assert row["packed"]["token_rate"] > 0 and "8 of 8 tokens are the same" in capsys.readouterr().out
+    rows = {(row["kind"], row["held"]): row for row in record["rows"]}
+    assert len(rows) == 5 and record["config_hash"] and all(row["token_rate"] > 0 for row in rows.values())
+    for held in ("bytes", "packed", "dense"):
+        row = rows["level", held]
+        assert row["tokens"] == row["same_tokens"] == 8 and row["stored_bits_per_weight"] < 4.01
+    assert rows["level", "dense"]["bits_in_memory"] == 32 > 4 * rows["E8P + L R", "packed"]["bits_in_memory"]
+    assert 8 < rows["level", "bytes"]["bits_in_memory"] < 16 and rows["level", "dense"]["rate_over_dense"] == 1
+    assert "8 of 8 tokens are those of dense weights" in capsys.readouterr().out

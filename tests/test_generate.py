@@ -15,9 +15,9 @@ from test_llama import CONFIGS, every_config, forward, make
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from caldera_jax import codebooks, linear, packing
-from caldera_jax.jobs import artifact, generate
+from caldera_jax.jobs import artifact, generate, spread
 from caldera_jax.jobs.generate import Sampling, Text
-from caldera_jax.models import convert, files, llama
+from caldera_jax.models import convert, files, llama, weights
 from caldera_jax.models.convert import Model
 
 GQA = CONFIGS["gqa"]
@@ -174,10 +174,29 @@ def packed():
 def test_greedy_tokens_of_packed_weights_are_those_of_their_dense_matrices(packed):
     config, params = packed
     prompts = [np.arange(9), np.arange(40, 44)]
-    dense = generate.place(params, dense=True)
+    dense = generate.place(params, "dense")
     assert all(isinstance(block[name], jax.Array) for block in dense["blocks"] for name in llama.LINEARS)
     same(generate.complete(config, params, prompts, Sampling(12)),
          [greedy(config, dense, prompt, 12) for prompt in prompts])
+
+
+def test_greedy_tokens_of_weights_in_bytes_are_those_of_their_dense_matrices(packed):
+    config, params = packed
+    params = jax.tree.map(lambda leaf: np.float32(leaf) if leaf.dtype == np.float64 else leaf, weights.whole(params))
+    prompts = [np.arange(9), np.arange(40, 44)]
+    placed = generate.place(params, "bytes")
+    kinds = [{type(block[name].q).__name__ for name in llama.LINEARS} for block in placed["blocks"]]
+    assert kinds == [{"Bytes"}, {"Bytes"}, {"Packed"}]  # the last on a scalar grid
+    same(generate.complete(config, placed, prompts, Sampling(12)),
+         [greedy(config, generate.place(params, "dense"), prompt, 12) for prompt in prompts])
+
+
+def test_weights_are_in_bytes_where_they_fit_in_half_of_what_is_free(on_disk, monkeypatch):
+    config = artifact.load(on_disk).config
+    most = 2 * config.layers * llama.block_weights(config)
+    for free, held in ((most, "bytes"), (most - 1, "packed")):
+        monkeypatch.setattr(spread, "available_memory", lambda free=free: free)
+        assert generate.run(on_disk, ["to"], Sampling(1)).bytewise == (config.layers * 7 if held == "bytes" else 0)
 
 
 def test_packed_weights_stay_packed_on_the_device(packed):
@@ -212,8 +231,11 @@ def test_a_packed_model_takes_less_memory_by_what_its_weights_are_smaller_and_sa
     """59 million weights are 235 MB in float32, and in codes of 2 bits a 16th, 1 % more with scales and sign bits."""
     config = dataclasses.replace(tiny.CONFIG, dim=1024, layers=8, heads=8, kv_heads=8, head_dim=128, ffn_dim=1024)
     write_packed(tmp_path, config)
-    packed, dense = (generate.run_apart(tmp_path, ["to be", "or"], Sampling(4), dense=d) for d in (False, True))
-    assert packed.tokens == dense.tokens and packed.texts == dense.texts
+    packed, dense, of_bytes = (generate.run_apart(tmp_path, ["to be", "or"], Sampling(4), held)
+                               for held in ("packed", "dense", "bytes"))
+    assert packed.tokens == dense.tokens == of_bytes.tokens and packed.texts == dense.texts == of_bytes.texts
+    assert [one.bytewise for one in (packed, dense, of_bytes)] == [0, 0, packed.layers] and packed.layers == 56
+    assert dense.layer_bytes / 4 < of_bytes.layer_bytes < 1.01 * dense.layer_bytes / 4
     assert dense.layer_bytes == 4 * sum(m * n for m, n in llama.shapes(config).values()) * config.layers
     assert dense.layer_bytes / 16 < packed.layer_bytes < 1.01 * dense.layer_bytes / 16
     saved = dense.weight_bytes - packed.weight_bytes
@@ -367,7 +389,8 @@ def test_a_run_tells_its_text_as_it_comes_its_tokens_and_what_they_took(on_disk)
     same(result.tokens, generate.complete(model.config, model.params, ids, Sampling(9)))
     assert result.texts == ["".join(text for row, text in shown if row == i) for i in range(2)]
     assert result.texts == [model.tokenizer.decode(row) for row in result.tokens]
-    assert result.prompt_tokens == 13 and result.weight_bytes == artifact.model_bytes(model.params)
+    placed = generate.place(model.params, "bytes")
+    assert result.prompt_tokens == 13 and result.weight_bytes == artifact.model_bytes(placed)
     assert result.cache_bytes == 2 * 2 * 2 * 32 * 24 * 4  # layers, keys and values, prompts, slots, two heads of 12
     stages = result.stages
     assert stages.keys() == {"load", "prompt", "tokens"} and result.peak_bytes >= result.start_bytes > 0

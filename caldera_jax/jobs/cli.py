@@ -287,8 +287,9 @@ def finetune(directory: Directory, out: Path,
 
 
 def generate_(model: Model, prompts: Annotated[tuple[str, ...], tyro.conf.Positional], tokens: int = 64,
-              temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, compare: bool = False) -> None:
-    """Continue prompts; then say how fast, and with how much memory. Packed weights stay packed.
+              temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, held: generate.Held | None = None,
+              compare: bool = False) -> None:
+    """Continue prompts; then say how fast, and with how much memory. Compressed weights are never dense.
 
     One prompt is shown as its text comes, several when all are done. No chat template is put around them.
 
@@ -299,12 +300,15 @@ def generate_(model: Model, prompts: Annotated[tuple[str, ...], tyro.conf.Positi
         temperature: 0 takes the likeliest token; above, tokens are drawn, at 1 as the model says.
         top_p: draw from the fewest tokens that have this probability together.
         seed: of the draws.
-        compare: do it again with the packed weights put together as dense matrices, in a process of its own.
+        held: how compressed layers lie in memory: bytes, fastest, 8 bits a weight where a layer is one of integers (one
+            level; E8P at 2 bits) and packed where not; packed, as the file has them; dense. Left out: bytes, if they
+            take at most half of what is free.
+        compare: do it again with all weights put together as dense matrices, in a process of its own.
     """
     keep_programs()
     sampling, unsaid = generate.Sampling(tokens, temperature, top_p, seed), iter(prompts)
     single = lambda _, text: print(next(unsaid, "") + text, end="", flush=True)
-    packed = generate.run(model, prompts, sampling, show=single if len(prompts) == 1 else lambda *_: None)
+    packed = generate.run(model, prompts, sampling, held, single if len(prompts) == 1 else lambda *_: None)
     print() if len(prompts) == 1 else print(*map("".join, zip(prompts, packed.texts, strict=True)), sep="\n\n")
     print(f"\nthis model  {figures(packed)}")
     if compare:
@@ -320,9 +324,9 @@ def figures(r: generate.Result) -> str:
     """Speed and memory on one line."""
     rate = f"{r.token_rate:.1f} tokens/s" if math.isfinite(r.token_rate) else "too few tokens for a speed"
     return (f"{rate}, prompt {r.prompt_rate:.1f} tokens/s, and {r.compile_seconds:.1f} s "
-            f"compiling; weights {r.weight_bytes / 1e6:.1f} MB, {r.layer_bytes / 1e6:.1f} of it layers; keys and "
-            f"values {r.cache_bytes / 1e6:.1f} MB; peak memory {r.peak_bytes / 1e9:.2f} GB, "
-            f"{r.start_bytes / 1e9:.2f} at start")
+            f"compiling; weights {r.weight_bytes / 1e6:.1f} MB, {r.layer_bytes / 1e6:.1f} of it layers "
+            f"({r.bytewise} of {r.layers} in bytes); keys and values {r.cache_bytes / 1e6:.1f} MB; peak memory "
+            f"{r.peak_bytes / 1e9:.2f} GB, {r.start_bytes / 1e9:.2f} at start")
 
 
 def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,

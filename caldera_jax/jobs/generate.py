@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt32
 from tokenizers import Tokenizer
 
 from caldera_jax import linear
-from caldera_jax.jobs import artifact, report
+from caldera_jax.jobs import artifact, report, spread
+from caldera_jax.linear import CompressedLinear
 from caldera_jax.models import convert, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LlamaConfig, Params
@@ -31,6 +32,7 @@ from caldera_jax.models.llama import LlamaConfig, Params
 # may have several, and its files do not always name all of them.
 ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<eos>", "<end_of_turn>",
         "<|end|>")
+Held = Literal["packed", "bytes", "dense"]  # how weights lie in memory
 ROUND = 32  # prompts and caches are as long as a multiple of this: few shapes, so few compilations
 
 
@@ -119,11 +121,17 @@ def complete(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int
     return [row[row >= 0] for row in np.stack(steps, axis=1)]
 
 
-def place(params: Params, dense: bool = False) -> Params:
-    """The weights on the device, read block by block; ``dense``: packed ones put together as dense matrices."""
-    take = lambda w: jax.device_put(linear.dense(w) if dense else w)
-    blocks = [{name: take(weight) for name, weight in block.items()} for block in params["blocks"]]
-    return jax.device_put(weights.rest(params)) | {"blocks": blocks}
+def place(params: Params, held: Held = "packed") -> Params:
+    """The weights on the device, read block by block: packed ones as they are, dense, or in bytes (``linear.in_bytes``)
+    where they can be, those of one name alike in all blocks, so that one program runs them."""
+    take = {"packed": lambda w: w, "dense": linear.dense, "bytes": linear.in_bytes}[held]
+    blocks = [{name: jax.device_put(take(weight)) for name, weight in block.items()} for block in params["blocks"]]
+    if held == "bytes":
+        for name in blocks[0]:
+            for block, weight in zip(blocks, linear.alike([block[name] for block in blocks]), strict=True):
+                block[name] = weight
+    rest = {name: take(value) for name, value in weights.rest(params).items()}
+    return jax.device_put(rest) | {"blocks": blocks}
 
 
 def _steps(config, params, prompts, sampling, ends):
@@ -223,7 +231,9 @@ class Result(NamedTuple):
     texts: list[str]  # without their prompts
     tokens: list[list[int]]
     prompt_tokens: int
-    layer_bytes: int  # of all linear layers of the blocks
+    layers: int  # linear layers of all blocks
+    bytewise: int  # of them in bytes
+    layer_bytes: int  # of all of them
     weight_bytes: int
     cache_bytes: int
     start_bytes: int  # resident before the model was read
@@ -262,12 +272,13 @@ def load(source: str | Path) -> Model:
         raise error if path.exists() else ValueError(f"{error}, or the directory of a compressed model") from error
 
 
-def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), dense: bool = False,
+def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), held: Held | None = None,
         show: Callable[[int, str], None] = lambda row, text: None) -> Result:
     """Continue the prompts with a model from the disk, and measure it; ``show(row, text)`` is called as text comes.
 
-    A prompt begins with the token that the model's tokenizer puts first, once (``tokenizer.prompt``).  ``dense``: the
-    packed weights are put together first.  Memory is that of this process: measure one model a process.
+    A prompt begins with the token that the model's tokenizer puts first, once (``tokenizer.prompt``).  ``held``: how
+    the weights lie in memory (``place``); None: in bytes where these take at most half of what is free.  Memory is
+    that of this process: measure one model a process.
     Raises ValueError for empty prompts, as ``stream``, and as ``load``.
     """
     if not all(prompts):
@@ -276,7 +287,9 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
     with clock.stage("load"):
         start = report.peak_memory()
         model = load(source)
-        model = model._replace(params=place(model.params, dense))  # what was read from the disk goes
+        layers = model.config.layers * llama.block_weights(model.config)
+        held = held or ("bytes" if 2 * layers <= spread.available_memory() else "packed")
+        model = model._replace(params=place(model.params, held))  # what was read from the disk goes
         config, params = model.config, model.params
         ids = [tokenizer.prompt(model.tokenizer, prompt) for prompt in prompts]
         for row in ids:
@@ -302,15 +315,16 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
         tell(row, text.rest())
     slots = 2 * config.layers * len(ids) * _capacity(config, list(map(len, ids)), sampling)
     layers = [block[name] for block in params["blocks"] for name in llama.linears(config)]
+    bytewise = sum(isinstance(w, CompressedLinear) and isinstance(w.q, linear.Bytes) for w in layers)
     return Result(
-        said, tokens, sum(map(len, ids)), sum(leaf.nbytes for leaf in jax.tree.leaves(layers)),
+        said, tokens, sum(map(len, ids)), len(layers), bytewise, sum(leaf.nbytes for leaf in jax.tree.leaves(layers)),
         artifact.model_bytes(params), 4 * slots * config.kv_heads * config.head_dim, start,
         max(int(stage["peak_memory_bytes"]) for stage in clock.stages.values()), clock.stages,
         ends[-1] - ends[1] if len(ends) > 2 else 0.0)
 
 
-def run_apart(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), dense: bool = True
+def run_apart(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), held: Held = "dense"
               ) -> Result:
     """``run`` in a process of its own, so that the memory is that of this model alone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(run, source, prompts, sampling, dense).result()
+        return pool.submit(run, source, prompts, sampling, held).result()
