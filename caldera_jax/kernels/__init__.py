@@ -1,8 +1,8 @@
 """Pallas kernels, one a file, and the one place where a backend is picked.
 
 Each file has ``reference`` (plain JAX), ``pallas`` (the kernel, for a TPU or interpreted) and a public function
-that goes through ``dispatch``; ``e8p`` has ``mosaic``, for a GPU, as well.  ``integers`` is plain JAX, for CPUs.  Which one runs is said by the environment
-variable ``CALDERA_KERNELS`` or by ``use``:
+that goes through ``dispatch``; ``e8p`` has ``mosaic``, for a GPU, as well, and ``integers`` is plain JAX, for CPUs.
+Which one runs is said by the environment variable ``CALDERA_KERNELS`` or by ``use``:
 
     auto    kernels where there are some, the reference elsewhere (the default)
     jax     the reference everywhere
