@@ -32,10 +32,10 @@ class Bytes(NamedTuple):
     """Q = diag(a) Z diag(b) as it is multiplied fastest: Z in bytes.  Behind its n columns some stand again, those of
     ``again``: an integer beyond 8 bits is the sum of its copies."""
 
-    integers: Int8[Array, "m _"]
-    again: Int[Array, " e"]
-    a: Float[Array, " m"]
-    b: Float[Array, " n"]
+    integers: Int8[Array | np.ndarray, "m _"]
+    again: Int[Array | np.ndarray, " e"]
+    a: Float[Array | np.ndarray, " m"]
+    b: Float[Array | np.ndarray, " n"]
 
 
 @no_type_check
@@ -191,7 +191,7 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
 
 def _by_bytes(x, q):
     """x Qᵀ: by products of integers on a CPU, elsewhere, and in double precision, as rows that are widened."""
-    bytewise = jax.default_backend() == "cpu" and x.dtype.itemsize <= 4
+    bytewise, q = jax.default_backend() == "cpu" and x.dtype.itemsize <= 4, Bytes(*map(jnp.asarray, q))
     kind = jnp.dtype(jnp.float32) if bytewise else x.dtype
     scaled = x.astype(kind) * q.b.astype(kind)[None]
     scaled = jnp.concatenate([scaled, scaled[:, q.again]], axis=1)
@@ -211,11 +211,13 @@ def in_bytes(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarra
     if not isinstance(weight, CompressedLinear):
         return weight
     if isinstance(q := weight.q, Levelled):
-        z, (a, b) = np.asarray(q.integers), q.scales(weight.dtype)
+        z, dtype = np.asarray(q.integers), np.dtype(q.level.dtype)
+        a, b = (np.exp2(np.asarray(side, dtype) / 8, dtype=dtype) for side in (q.row, q.column))
+        a *= np.asarray(q.level)
     elif isinstance(q, Packed) and _stages(weight.grids[0]) == (1.0,):
         found, scale = np.asarray(_decode(weight.grids[0], q, weight.shape[1])), np.asarray(q.scale)
         z, (m, n) = np.rint(4 * found / np.where(scale == 0, 1, scale)).astype(np.int8), weight.shape
-        a, b = jnp.full(m, scale.item() / 4, scale.dtype), jnp.ones(n, scale.dtype)
+        a, b = np.full(m, scale.item() / 4, scale.dtype), np.ones(n, scale.dtype)
     else:
         return weight
     z = z.astype(np.int32)
@@ -228,19 +230,20 @@ def in_bytes(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarra
     _, left, right = (None,) * 3 if not weight.rank else dataclasses.replace(weight, q=None).rotated()
     both = np.concatenate([first, more], axis=1).astype(np.int8)
     return dataclasses.replace(
-        weight, q=Bytes(jnp.asarray(both), jnp.asarray(again, jnp.int32), a, b),
+        weight, q=Bytes(both, again.astype(np.int32), a, b),
         left_t=None, right=None, trained=None if left is None else (left.T, right))
 
 
 def alike(layers: Sequence[Array | np.ndarray | CompressedLinear]) -> list[Array | np.ndarray | CompressedLinear]:
-    """The same weights, those in ``Bytes`` with equally many columns: a program for one is one for all."""
+    """The same weights, those in ``Bytes`` with equally many columns: a program for one is one for all.  Host function.
+    """
     own = [isinstance(w, CompressedLinear) and isinstance(w.q, Bytes) for w in layers]
     most = max((len(w.q.again) for w, is_own in zip(layers, own, strict=True) if is_own), default=0)
 
     def widened(weight):
         q, more = weight.q, most - len(weight.q.again)
-        return dataclasses.replace(weight, q=q._replace(integers=jnp.pad(q.integers, ((0, 0), (0, more))),
-                                                        again=jnp.pad(q.again, (0, more))))
+        return dataclasses.replace(weight, q=q._replace(integers=np.pad(q.integers, ((0, 0), (0, more))),
+                                                        again=np.pad(q.again, (0, more))))
 
     return [widened(w) if is_own else w for w, is_own in zip(layers, own, strict=True)]
 
@@ -261,6 +264,7 @@ def rows(weight: Array | np.ndarray | CompressedLinear, places: Int[Array | np.n
     elif weight.q is None or weight.rank or jax.tree.leaves((weight.left_side, weight.right_side)):
         raise ValueError("single rows are read of a weight that is Q alone, without rotation: this one has more")
     elif isinstance(q := weight.q, Bytes):
+        q = Bytes(*map(jnp.asarray, q))
         z = q.integers[at].astype(q.a.dtype)
         found = q.a[at][:, None] * z[:, :n].at[:, q.again].add(z[:, n:]) * q.b[None]
     elif isinstance(q, Levelled):

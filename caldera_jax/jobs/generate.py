@@ -125,11 +125,12 @@ def place(params: Params, held: Held = "packed") -> Params:
     """The weights on the device, read block by block: packed ones as they are, dense, or in bytes (``linear.in_bytes``)
     where they can be, those of one name alike in all blocks, so that one program runs them."""
     take = {"packed": lambda w: w, "dense": linear.dense, "bytes": linear.in_bytes}[held]
-    blocks = [{name: jax.device_put(take(weight)) for name, weight in block.items()} for block in params["blocks"]]
-    if held == "bytes":
-        for name in blocks[0]:
-            for block, weight in zip(blocks, linear.alike([block[name] for block in blocks]), strict=True):
-                block[name] = weight
+    if held != "bytes":
+        blocks = [{name: jax.device_put(take(weight)) for name, weight in block.items()} for block in params["blocks"]]
+    else:
+        blocks = [{name: take(weight) for name, weight in block.items()} for block in params["blocks"]]
+        layers = {name: linear.alike([block[name] for block in blocks]) for name in blocks[0]}
+        blocks = [jax.device_put({name: of[i] for name, of in layers.items()}) for i in range(len(blocks))]
     rest = {name: take(value) for name, value in weights.rest(params).items()}
     return jax.device_put(rest) | {"blocks": blocks}
 
