@@ -147,6 +147,26 @@ def test_windows_behind_bos_are_those_of_calibration_of_evaluation_and_of_eval(s
     assert batch.tokens[:, 0].tolist() == [bos] * 2 and batch.tokens.dtype == np.int32
 
 
+def test_inspect_shows_where_the_bytes_are_and_they_add_up(finished, capsys, tmp_path):
+    out = finished[0]
+    found = artifact.sizes(out)
+    assert sum(found.values()) == sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    params = artifact.load(out).params
+    for name in llama.LINEARS:
+        layers = [linear.size(block[name]) for block in params["blocks"]]
+        assert 8 * found[name] == sum(layers)
+    assert found["embed"] == found["head"] == np.asarray(params["embed"]).nbytes
+    config = artifact.load(out).config
+    assert found["gains and biases"] == 4 * config.dim * (2 * config.layers + 1)
+    cli.inspect(out, sizes=True)
+    *rows, last = capsys.readouterr().out.splitlines()
+    assert [row.split("  ")[0] for row in rows] == list(found) and last.split()[-1] == "100.00%"
+    shutil.copytree(out, tmp_path / "copy")
+    (tmp_path / "copy" / "block_000.safetensors").write_bytes(b"12345678{")
+    with pytest.raises(ValueError, match="block_000.safetensors: its header is damaged"):
+        artifact.sizes(tmp_path / "copy")
+
+
 def test_inspect_shows_every_layer(finished, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["caldera", "inspect", str(finished[0])])
     cli.main()

@@ -179,6 +179,7 @@ files for other programs: ``export``.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -490,6 +491,31 @@ def _arrays(path: Path, name: str) -> dict[str, np.ndarray]:
     with safe_open(path, "np") as file:
         return {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys()  # noqa: SIM118
                 if key.startswith(f"{name}.")}
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Bytes on the disk of every part, the largest first: each kind of layer in all blocks, embedding, head, what else
+    there is of weights, and files that hold none; their sum is that of all files.  ValueError for a damaged file."""
+    found: Counter[str] = Counter()
+    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        if path.suffix != ".safetensors":
+            found[path.name] = size
+            continue
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            arrays = {name: meta["data_offsets"] for name, meta in header.items() if name != "__metadata__"}
+            spans = [(name.split(".")[0], end - start) for name, (start, end) in arrays.items()]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
+            raise ValueError(f"{path}: its header is damaged ({error!r}): restore it or compress the model again"
+                             ) from error
+        for part, taken in spans:
+            kind = llama.kind_of(part)
+            found["gains and biases" if part.endswith(("norm", "bias")) else kind] += taken
+            size -= taken
+        found["names of arrays"] += size
+    return dict(found.most_common())
 
 
 def model_bytes(params: Params) -> int:

@@ -445,13 +445,15 @@ def run_tasks(directory: Path, tasks: str, task_files: Path | None, limit: int |
     print(f"written: {path}")
 
 
-def inspect(directory: Directory, theory: bool = False, report: Path | None = None,
+def inspect(directory: Directory, sizes: bool = False, theory: bool = False, report: Path | None = None,
             moments: Path | None = None) -> None:
     """Show the layers of a compressed model: shape, bits of Q, rank, bits of L and R, error, bits, damping, seconds; or
-    error and bits beside the theory's; or write a page that shows where the bits went and where the loss came from.
+    where its megabytes are; or error and bits beside the theory's; or write a page that shows where the bits went and
+    where the loss came from.
 
     Args:
         directory: of a compressed model, as compress wrote it.
+        sizes: bytes on the disk of each kind of layer in all blocks, of embedding, head and all else; they add up.
         theory: compare every layer with what theory says of it. Errors are relative, against the undamped Hessian:
             error, measured; floor, the least that any unrounded L R of this rank reaches beside this Q; ldlq, predicted
             from the grid's rounding error; quip# and thm 4.1, the bounds of QuIP#'s and of CALDERA's theorem. Bits a
@@ -472,6 +474,11 @@ def inspect(directory: Directory, theory: bool = False, report: Path | None = No
         print(f"written: {report}")
         if not theory:
             return
+    if sizes:
+        found = artifact.sizes(directory)
+        for part, size in (found | {"all files": sum(found.values())}).items():
+            print(f"{part:18s} {size / 1e6:10.3f} MB {size / sum(found.values()):7.2%}")
+        return
     r = explain.report_of(directory)
     if theory:
         return theory_table(directory, moments)
