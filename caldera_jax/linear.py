@@ -115,6 +115,22 @@ class CompressedLinear:
         return incoherence.undo(self.sides(self.dtype), low_rank if q is None else q + low_rank)
 
 
+def apart(weight: CompressedLinear) -> tuple[CompressedLinear, tuple[Float[Array, "m k"], Float[Array, "k n"]] | None]:
+    """The weight without its L R, and these in the caller's basis, Uᵀ L and R V; None where it has none."""
+    left, right = _low_rank(weight)
+    alone = dataclasses.replace(weight, left_t=None, right=None, trained=None)
+    return alone, None if left is None else (left, right)
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _low_rank(weight):
+    if not weight.rank:
+        return None, None
+    sides, (_, left, right) = weight.sides(weight.dtype), dataclasses.replace(weight, q=None).rotated()
+    return incoherence.backward(sides.left, left.T).T, incoherence.backward(sides.right, right)
+
+
 def dense(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarray:
     """The matrix of a weight: that of a compressed one in a compiled program, any other as it is."""
     return _dense(weight) if isinstance(weight, CompressedLinear) else weight

@@ -385,6 +385,94 @@ def test_q8_0_rounds_what_is_not_of_one_level(tmp_path):
         assert_close(logits(convert.load(tmp_path / f"{len(blocks)}.gguf")), computed(given), 0.05)
 
 
+def with_low_rank(model):
+    """The same with an L R of rank 2, one level, beside some layers."""
+    def factor(rng, m, n):
+        one = lambda size: jnp.asarray(rng.integers(-3, 4, size))
+        return Levelled(jnp.float32(0.05), jnp.asarray(rng.integers(-5, 6, (m, n)), jnp.int8), one(m), one(n), one(m),
+                        one(n))
+
+    rng = np.random.default_rng(9)
+    for block in model.params["blocks"]:
+        for name in ("q", "v", "o", "up", "down"):
+            m, n = block[name].shape
+            block[name] = dataclasses.replace(block[name], left_t=factor(rng, m, 2), right=factor(rng, 2, n))
+    return model
+
+
+def adapted(model, of_layer):
+    """The logits of a base with L R, as ``of_layer`` finds them, beside its layers."""
+    params = weights.whole(model.params)
+    blocks = [{name: np.asarray(value, np.float64) + (of_layer(i, name) if name in llama.LINEARS else 0)
+               for name, value in block.items()} for i, block in enumerate(params["blocks"])]
+    return np.asarray(forward(model.config, params | {"blocks": blocks}, jnp.asarray(TOKENS)))
+
+
+@pytest.mark.parametrize(("make_it", "to", "dtype", "bound"), [
+    (lambda: make(CONFIGS["llama"]), "hf", "float32", 1e-5), (lambda: make(CONFIGS["llama"]), "gguf", "float32", 1e-5),
+    (lambda: with_low_rank(levelled(dataclasses.replace(WIDE, qkv_bias=True))), "gguf", "q8_0", 0.02),
+    (lambda: with_low_rank(levelled(dataclasses.replace(WIDE, kv_heads=2))), "gguf", "q8_0", 0.02)])
+def test_a_base_and_its_adapter_are_the_model(tmp_path, make_it, to, dtype, bound):
+    model = make_it()
+    base, adapter = tmp_path / f"base.{to}", tmp_path / "deep" / f"adapter.{to}"
+    found = export.export(model, to, base, dtype, adapter)
+    assert dtype != "q8_0" or all(one.kept == one.of for path, one in found.items() if path.endswith("q"))
+    back = convert.load(base)
+    if to == "hf":
+        stored = load_file(adapter / "adapter_model.safetensors")
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert set(config["rank_pattern"].values()) == {4} and config["r"] == config["lora_alpha"] == 4
+        assert config["target_modules"] == list(config["rank_pattern"]) and len(stored) == 2 * 14
+
+        def of_layer(i, name):
+            module = f"base_model.model.model.layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
+            return stored[f"{module}.lora_B.weight"] @ np.float64(stored[f"{module}.lora_A.weight"])
+    else:
+        reader = gguf.GGUFReader(adapter)
+        said = {key: field.contents() for key, field in reader.fields.items()}
+        assert (said["general.type"], said["adapter.type"], said["adapter.lora.alpha"]) == ("adapter", "lora", 0)
+        assert said["general.architecture"] == ("qwen2" if model.config.qkv_bias else "llama")
+        stored = {t.name: np.asarray(t.data) for t in reader.tensors}
+
+        def of_layer(i, name):
+            tensor = convert.GGUF[name].format(i)
+            if f"{tensor}.lora_a" not in stored:
+                return 0.0
+            both = stored[f"{tensor}.lora_b"] @ np.float64(stored[f"{tensor}.lora_a"])
+            heads = convert._paired(model.config).get(name)
+            return both if heads is None else convert._pair_halves(lambda: both, heads)
+
+    assert_close(adapted(back, of_layer), computed(model), bound)
+    without = np.abs(computed(back) - computed(model)).max()
+    assert without > 2 * bound * np.abs(computed(model)).max()  # so it does something
+
+
+@pytest.mark.extra
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own use of transformers
+def test_peft_applies_the_adapter(tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = make(CONFIGS["llama"])
+    export.export(model, "hf", tmp_path / "base", "float32", tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert_close(theirs.eval()(torch.tensor(TOKENS).long()).logits.numpy(), logits(model), 1e-4)
+
+
+def test_an_adapter_that_cannot_be_is_refused_by_name_and_nothing_is_left(tmp_path):
+    fused = dataclasses.replace(PLAIN, family="phi3")
+    plain = levelled(dataclasses.replace(WIDE, kv_heads=2))
+    for model, to, adapter, message in (
+            (plain, "gguf", "a.gguf", "has no L R: leave --adapter out"),
+            (make(PLAIN), "gguf", "a.bin", "let --adapter end in .gguf"),
+            (make(fused), "hf", "a", "'phi3', in whose files gate is a part of a larger matrix")):
+        with pytest.raises(ValueError, match=message):
+            export.export(model, to, tmp_path / "base.gguf", "float32", tmp_path / adapter)
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_scale_beyond_float16_is_named_and_nothing_is_left(tmp_path):
     model = levelled(WIDE)
     model.params["blocks"][1]["gate"] = model.params["blocks"][1]["gate"].dense() * np.float32(1e9)

@@ -330,7 +330,8 @@ def figures(r: generate.Result) -> str:
 
 
 def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
-            dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32") -> None:
+            dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32",
+            adapter: Path | None = None) -> None:
     """Write a compressed model as files that other programs read: W ≈ Q + L R put together again.
 
     Args:
@@ -341,10 +342,12 @@ def export_(directory: Directory, to: Literal["hf", "gguf"], out: Path,
         dtype: float32 keeps logits and perplexity; bfloat16 (hf) and float16 (gguf) take half the space and round every
             weight once; q8_0 (gguf) takes 8.5 bits a weight, keeps the integers of one level as they are and rounds
             other weights.
+        adapter: write L R here, in float32, as a LoRA of its own (PEFT's directory, or a GGUF file), and to OUT the
+            model without them: the base that the adapter belongs to.
     """
     model = artifact.load(directory)
-    found = export.export(model, to, out, dtype)
-    print(f"written: {out}")
+    found = export.export(model, to, out, dtype, adapter)
+    print(f"written: {out}" + ("" if adapter is None else f" and {adapter}"))
     if found:
         path, worst = max(found.items(), key=lambda item: item[1].error)
         layers = [one for name, one in found.items() if "." in name]

@@ -8,7 +8,7 @@ written beside their place and renamed when they are whole and on the disk.
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,8 @@ class Written(NamedTuple):
     error: float
 
 
-def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> dict[str, Written]:
+def export(model: Model, to: str, out: str | Path, dtype: str = "float32",
+           adapter: str | Path | None = None) -> dict[str, Written]:
     """Write a model, compressed or not, for other programs: a directory (``to`` "hf") or one file ("gguf").
 
     float32, the default, keeps what the model computes: its logits and its perplexity are those of the compressed model
@@ -45,6 +46,8 @@ def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> di
     its embedding by a root that is rounded to the embedding's type: exported in another, by one up to 2⁻⁸ off.
     q8_0 takes 8.5 bits a weight, integers of 8 bits and a float16 scale for 32 of them (``quantized``); what became of
     each matrix is returned, of other types nothing.
+    ``adapter``: L R go there, as a LoRA of scale 1 in float32, a directory as PEFT has it or a GGUF file, and OUT holds
+    the model without them, its base.
 
     Needs memory for twice the embedding, one layer (q8_0: one block), and a gigabyte of weights.  Raises ValueError
     where OUT exists, the format cannot hold the model or its tokenizer, or a weight is too large for the dtype, and
@@ -55,10 +58,16 @@ def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> di
         raise ValueError(f"unknown format {to!r}: choose one of {', '.join(DTYPES)}")
     if dtype not in DTYPES[to]:
         raise ValueError(f"--to {to} is written in {' or '.join(DTYPES[to])}, got {dtype!r}")
-    if to == "gguf" and out.suffix != ".gguf":
-        raise ValueError(f"a GGUF file is known by its name: let --out end in .gguf, got {out}")
+    for name, path in (("--out", out), ("--adapter", adapter)):
+        if to == "gguf" and path is not None and Path(path).suffix != ".gguf":
+            raise ValueError(f"a GGUF file is known by its name: let {name} end in .gguf, got {path}")
+    low_rank = None
+    if adapter is not None:
+        model, low_rank = _apart(model, dtype)
     params, found = quantized(model) if dtype == "q8_0" else (dense(model.params, jnp.dtype(dtype)), {})
-    with aside(out) as place:
+    with aside(out) as place, nullcontext() if adapter is None else aside(Path(adapter)) as beside:
+        if low_rank is not None:
+            (convert.save_gguf_lora if to == "gguf" else convert.save_peft)(beside, model.config, low_rank, str(out))
         if to == "gguf":
             convert.save_gguf(place, model._replace(params=params))
         else:
@@ -71,6 +80,29 @@ def export(model: Model, to: str, out: str | Path, dtype: str = "float32") -> di
             tokenizer.to_directory(place, model.tokenizer, special, model.config.context)
             files.write_json(place / "generation_config.json", ids)
     return found
+
+
+def _apart(model: Model, dtype: str) -> tuple[Model, dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
+    """The model without its L R, and these by block and layer, as they stand beside what ``dtype`` makes of it."""
+    low_rank, blocks = {}, []
+
+    def alone(block, name):
+        return linear.apart(weight)[0] if isinstance(weight := block[name], CompressedLinear) else weight
+
+    for i, block in enumerate(model.params["blocks"]):
+        parts = dict(block)
+        layers = {name: linear.apart(w) for name, w in parts.items() if isinstance(w, CompressedLinear)}
+        base = parts | {name: one for name, (one, _) in layers.items()}
+        sides = _folded(model.config, base)[2] if dtype == "q8_0" and _foldable(base) else {}
+        for name, (_, beside) in layers.items():
+            if beside is not None:
+                outer, inner = sides.get(name, (1.0, 1.0))
+                left, right = (np.asarray(part, np.float64) for part in beside)
+                low_rank[i, name] = np.float32(np.reshape(outer, (-1, 1)) * left), np.float32(right / inner)
+        blocks.append(Block({name: partial(alone, block, name) for name in block}))
+    if not low_rank:
+        raise ValueError("this model has no L R: leave --adapter out")
+    return model._replace(params=model.params | {"blocks": blocks}), low_rank
 
 
 def quantized(model: Model) -> tuple[Params, dict[str, Written]]:
@@ -101,7 +133,7 @@ def quantized(model: Model) -> tuple[Params, dict[str, Written]]:
     def block(index):
         parts, scales = dict(params["blocks"][index]), {}
         if _foldable(parts):
-            parts, scales = _folded(config, parts)
+            parts, scales, _ = _folded(config, parts)
         return {name: np.asarray(part, np.float32) if np.ndim(part) == 1 else
                 write(f"blocks.{index}.{name}", np.asarray(part), scales[name][:, None], True) if name in scales else
                 rounded(f"blocks.{index}.{name}", part) for name, part in parts.items()}
@@ -121,9 +153,10 @@ def _foldable(block: Params) -> bool:
     return all(np.array_equal(*(block[name].q.column for name in pair)) for pair in shared)
 
 
-def _folded(config: LlamaConfig, block: Params) -> tuple[Params, dict[str, np.ndarray]]:
-    """The block with integers in place of the layers that keep theirs, and the scales of their rows."""
-    parts, a, b, found = {name: block[name].q for name in LINEARS}, {}, {}, dict(block)
+def _folded(config: LlamaConfig, block: Params) -> tuple[Params, dict[str, np.ndarray], dict[str, tuple]]:
+    """The block with integers in place of the layers that keep theirs, the scales of their rows, and by what the
+    outputs of each layer grew, and its inputs: W became diag(outer) W diag(1 / inner)."""
+    parts, outer, inner, a, b, found = {name: block[name].q for name in LINEARS}, {}, {}, {}, {}, dict(block)
     for name, part in parts.items():
         a[name], b[name] = (np.asarray(side, np.float64) for side in part.scales(np.float32))
         a[name] = np.where(np.any(part.integers, axis=1), a[name], 0)  # that of a row of zeros may be of any size
@@ -132,15 +165,17 @@ def _folded(config: LlamaConfig, block: Params) -> tuple[Params, dict[str, np.nd
         size = middle(a[first])
         found[norm] = np.asarray(block[norm], np.float64) * b[first] * size
         for name in layers:
-            a[name] = a[name] / size
+            a[name], inner[name] = a[name] / size, b[first] * size
     grouped = config.heads != config.kv_heads
     for before, name in (("up", "down"), *(() if grouped else (("v", "o"),))):
         size = middle(np.sqrt(a[name]))  # half of it
-        a[before], a[name] = a[before] * b[name] * size, a[name] / size
+        outer[before] = inner[name] = b[name] * size
+        a[before], a[name] = a[before] * outer[before], a[name] / size
         if bias := {f"{before}_bias"} & block.keys():
-            found |= {part: np.asarray(block[part], np.float64) * b[name] * size for part in bias}
+            found |= {part: np.asarray(block[part], np.float64) * outer[before] for part in bias}
+    sides = {name: (outer.get(name, 1.0), inner.get(name, 1.0)) for name in LINEARS}
     kept = [name for name in LINEARS if not (name == "o" and grouped)]
-    return found | {name: parts[name].integers for name in kept}, {name: a[name] for name in kept}
+    return found | {name: parts[name].integers for name in kept}, {name: a[name] for name in kept}, sides
 
 
 def pack(path: str, values: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, Written]:

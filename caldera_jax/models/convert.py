@@ -12,7 +12,7 @@ import math
 import mmap
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -446,6 +446,50 @@ def save_gguf(path: str | Path, model: Model) -> None:
             writer.write_tensor_data(np.ascontiguousarray(read(), ARRAYS[of]))
     finally:
         writer.close()
+
+
+LowRank = Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # L [m, k] and R [k, n] by block and layer
+
+
+def save_gguf_lora(path: str | Path, config: LlamaConfig, low_rank: LowRank, base: str) -> None:
+    """Write W + L R for some layers as a LoRA adapter of scale 1 that llama.cpp applies to the model that ``save_gguf``
+    writes."""
+    writer, paired = GGUFWriter(path, "qwen2" if config.qkv_bias else "llama"), _paired(config)
+    writer.add_type("adapter")
+    writer.add_name(Path(base).name)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)  # else W + L R alpha / k
+    for (i, layer), (left, right) in low_rank.items():
+        name = GGUF[layer].format(i)
+        left = _interleave(lambda left=left: left, paired[layer]) if layer in paired else left
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(right, np.float32))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(left, np.float32))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def save_peft(directory: str | Path, config: LlamaConfig, low_rank: LowRank, base: str) -> None:
+    """Write W + L R for some layers as a LoRA adapter of scale 1 in a directory that PEFT reads, beside the model that
+    ``save_hf`` writes.  ValueError for families that keep several of the layers in one matrix."""
+    names = families.tensors(config.row, config.experts)
+    if fused := [layer for _, layer in low_rank if list(names.values()).count(names[layer]) > 1 or config.experts]:
+        raise ValueError(f"no adapter is written for family {config.family!r}, in whose files {fused[0]} is a part of "
+                         "a larger matrix: leave --adapter out")
+    modules = {names[layer].format(i).removesuffix(".weight"): pair for (i, layer), pair in low_rank.items()}
+    ranks = {module: int(right.shape[0]) for module, (_, right) in modules.items()}
+    most = max(ranks.values())
+    Path(directory).mkdir(parents=True)
+    _save(Path(directory) / "adapter_model.safetensors", {
+        f"base_model.model.{module}.{name}.weight": np.ascontiguousarray(part, np.float32)
+        for module, (left, right) in modules.items() for name, part in (("lora_A", right), ("lora_B", left))})
+    files.write_json(Path(directory) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": most, "lora_alpha": most,
+        "rank_pattern": ranks, "alpha_pattern": ranks, "target_modules": list(modules), "bias": "none",
+        "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True})
 
 
 def _interleave(read, heads):
