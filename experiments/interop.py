@@ -4,9 +4,10 @@
     python experiments/interop.py --dense MODEL           # transformers, of a built-in's own GGUF file
     python experiments/interop.py --quantize MODEL TYPE   # llama.cpp's own compression, as IQ2_XXS
 
-Writes results/interop.json, results/interop_MODEL.json, results/interop_MODEL_TYPE.json.  Needs llama-cpp-python, best
-in an environment of its own beside this package: pip install llama-cpp-python; or torch and transformers.  Weights,
-keys and values are float32, so what differs is the rounding of two programs.
+Writes results/interop.json (interop_level.json, interop_fixed.json of a compressed DIR), results/interop_MODEL.json,
+results/interop_MODEL_TYPE.json.  Needs llama-cpp-python, best in an environment of its own beside this package: pip
+install llama-cpp-python; or torch and transformers.  Keys and values are float32, and weights but those in Q8_0, so
+that what differs is the rounding of two programs.
 """
 
 import ctypes
@@ -17,21 +18,26 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from caldera_jax.jobs import artifact, calibration, evaluate, export, report
+from caldera_jax.jobs import artifact, calibration, evaluate, export, generate, report
+from caldera_jax.levels import Levelled
+from caldera_jax.linear import CompressedLinear
 from caldera_jax.models import convert, data, files, llama, tokenizer
 
 RESULT = Path(__file__).parent / "results" / "interop.json"
-TEXTS = ("The quick brown fox jumps over the lazy dog.", "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.",
+TEXTS = ("The capital of France is", "Once upon a time", "The quick brown fox jumps over the lazy dog.",
+         "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.",
          "def f(x):\n    return 3.14159 * x  # 1234567\n", "It's  spaced\t\tout ,\n\n\nisn't it?",
          "日本語のテキスト 🙂 και ελληνικά",
          "<|im_start|>user\nWho wrote Hamlet?<|im_end|>\n<|im_start|>assistant\n")
-MOST = 1e-3  # difference of a probability, and relative one of a perplexity
+MOST = {"float32": 1e-3, "q8_0": 1e-2}  # difference of a probability
+GREEDY = 32  # tokens behind each text
 
 
 def dense(name: str, windows: int = 2) -> None:
@@ -53,7 +59,7 @@ def dense(name: str, windows: int = 2) -> None:
         print(f"{text}: perplexity {found[text]['perplexity']:.5f}, transformers {np.exp(np.mean(others)):.5f}")
     files.write_json(RESULT.with_name(f"interop_{name}.json"), {
         **report.provenance({"model": name, "windows": windows, "window": 512, "transformers": version}, 0), **found})
-    if any(abs(one["perplexity"] / one["their_perplexity"] - 1) > MOST for one in found.values()):
+    if any(abs(one["perplexity"] / one["their_perplexity"] - 1) > 1e-3 for one in found.values()):
         raise SystemExit(f"transformers computes another perplexity of {name}")
 
 
@@ -129,31 +135,55 @@ def _llama_cpp():
     return importlib.import_module("llama_cpp")
 
 
-def main(directory: str | None = None) -> None:
-    llama_cpp = _llama_cpp()
-    model = convert.load("smollm2-135m") if directory is None else artifact.load(directory)
-    rows = []
+def compared(llama_cpp, model: convert.Model, dtype: str, adapter: bool) -> dict[str, Any]:
+    """Tokens and next-token probabilities of every text, and greedy tokens behind it, by either program."""
+    placed, rows = generate.place(model.params), []
     with TemporaryDirectory() as folder:
-        export.export(model, "gguf", Path(folder) / "model.gguf", "float32")
-        theirs = llama_cpp.Llama(str(Path(folder) / "model.gguf"), n_ctx=512, logits_all=True, type_k=0, type_v=0,
-                                 verbose=False)  # keys and values in float32
+        path, beside = Path(folder) / "model.gguf", Path(folder) / "adapter.gguf"
+        written = export.export(model, "gguf", path, dtype, beside if adapter else None)
+        theirs = llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, type_k=0, type_v=0, verbose=False,
+                                 **({"lora_path": str(beside)} if adapter else {}))  # keys and values in float32
         for text in TEXTS:
             ids = tokenizer.prompt(model.tokenizer, text)
             same = ids == theirs.tokenize(text.encode(), add_bos=True, special=True)
             theirs.reset()
             theirs.eval(ids)
-            logits = np.asarray(llama.forward(model.config, model.params, jnp.asarray(ids)[None]))[0]
+            logits = np.asarray(llama.forward(model.config, placed, jnp.asarray(ids)[None]))[0]
             ours, others = (np.asarray(jax.nn.softmax(jnp.asarray(one, jnp.float32)))
                             for one in (logits, theirs.scores[:len(ids)]))
+            [greedy], behind = generate.complete(model.config, placed, [ids], generate.Sampling(GREEDY)), []
+            for _ in greedy:
+                behind.append(int(np.argmax(theirs.scores[theirs.n_tokens - 1])))
+                theirs.eval(behind[-1:])
             rows.append({"text": text, "tokens": len(ids), "same_tokens": same,
                          "largest_difference": float(np.abs(ours - others).max()),
-                         "same_likeliest": float(np.mean(ours.argmax(1) == others.argmax(1)))})
-            print(f"{text!r}: {len(ids)} tokens, {'the same' if same else 'OTHERS'}; probabilities differ by at most "
-                  f"{rows[-1]['largest_difference']:.1e}, the likeliest is the same in "
-                  f"{rows[-1]['same_likeliest']:.0%}")
+                         "same_likeliest": float(np.mean(ours.argmax(1) == others.argmax(1))),
+                         "greedy": len(greedy), "same_greedy": int(np.cumprod(np.array(behind) == greedy).sum())})
+            print(f"{dtype}, {text!r}: {len(ids)} tokens, {'the same' if same else 'OTHERS'}; probabilities differ by "
+                  f"at most {rows[-1]['largest_difference']:.1e}, the likeliest is the same in "
+                  f"{rows[-1]['same_likeliest']:.0%}; of {len(greedy)} greedy tokens the first "
+                  f"{rows[-1]['same_greedy']} are the same")
+    layers = [one for name, one in written.items() if "." in name]
+    kept = {"kept": sum(one.kept for one in layers) / sum(one.of for one in layers)} if layers else {}
+    return {"dtype": dtype, "adapter": adapter, **kept, "texts": rows}
+
+
+def main(directory: str | None = None) -> None:
+    """A built-in as it is; or a compressed model in float32, in Q8_0 where it is of one level, and its L R as an
+    adapter beside either where it has any."""
+    llama_cpp = _llama_cpp()
+    model = convert.load("smollm2-135m") if directory is None else artifact.load(directory)
+    layers = [weight for weight in dict(model.params["blocks"][0]).values() if isinstance(weight, CompressedLinear)]
+    adapters = [False, True] if any(weight.rank for weight in layers) else [False]
+    levelled = any(isinstance(weight.q, Levelled) for weight in layers)
+    found = [compared(llama_cpp, model, dtype, adapter) for dtype in ("float32", *(("q8_0",) if levelled else ()))
+             for adapter in adapters]
     config = {"model": model.name, "compressed": directory is not None, "llama_cpp_python": llama_cpp.__version__}
-    files.write_json(RESULT, {**report.provenance(config, 0), "texts": rows})
-    if bad := [row["text"] for row in rows if not row["same_tokens"] or row["largest_difference"] > MOST]:
+    out = RESULT if directory is None else RESULT.with_name(
+        f"interop_{'level' if levelled else 'fixed'}{'_low_rank' if len(adapters) > 1 else ''}.json")
+    files.write_json(out, {**report.provenance(config, 0), "exports": found})
+    if bad := [(one["dtype"], row["text"]) for one in found for row in one["texts"]
+               if not row["same_tokens"] or row["largest_difference"] > MOST[one["dtype"]]]:
         raise SystemExit(f"llama.cpp differs from the model that was exported on {bad}")
 
 
