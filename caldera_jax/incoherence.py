@@ -26,7 +26,8 @@ KINDS = ("hadamard", "orthogonal", "none")
 # One orthogonal matrix V, its kind told by its structure (so that it is static under jit):
 #   an array of signs [size]           V = T diag(signs), T the transform of ``hadamard``
 #   a tuple of orthogonal matrices     V = their Kronecker product; the empty tuple is the identity
-Side = Float[Array, " size"] | tuple[Float[Array, "_ _"], ...]
+#   a tuple of one vector [size]       V = diag(vector): trained scales, where there is no rotation
+Side = Float[Array, " size"] | tuple[Float[Array, "_ _"], ...] | tuple[Float[Array, " size"]]
 
 
 class Rotation(NamedTuple):
@@ -58,7 +59,7 @@ def forward(side: Side, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]
     """
     _check_size(side, x)
     if isinstance(side, tuple):
-        return hadamard.kronecker(side, x)
+        return _scale(side[0], x) if _diagonal(side) else hadamard.kronecker(side, x)
     return transform(_scale(side, x))
 
 
@@ -70,6 +71,8 @@ def backward(side: Side, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"
     signs * Tᵀ v, which is linear in the signs and has no division.
     """
     _check_size(side, x)
+    if _diagonal(side):
+        return _scale(side[0], x)
     if isinstance(side, tuple):
         return hadamard.kronecker([factor.T for factor in side], x)
     return _scale(side, transform(x, inverse=True))
@@ -112,6 +115,10 @@ def _draw_side(key, n: int, kind: str, dtype) -> Side:
     orders = (n,) if small == 1 else (small, n // small)
     keys = random.split(key, len(orders))
     return tuple(random.orthogonal(k, order, dtype=dtype) for k, order in zip(keys, orders, strict=True))
+
+
+def _diagonal(side):
+    return isinstance(side, tuple) and len(side) == 1 and side[0].ndim == 1
 
 
 def _scale(signs, x):

@@ -15,8 +15,8 @@ import tiny
 from matrices import gaussian, hessian
 from test_compress import weight_files
 
-from caldera_jax import CalderaConfig, apply, compress_matrix, packing
-from caldera_jax.jobs import artifact, cli, finetune, training
+from caldera_jax import CalderaConfig, LevelConfig, apply, compress_matrix, linear, packing
+from caldera_jax.jobs import artifact, cli, export, finetune, training
 from caldera_jax.jobs import student as students
 from caldera_jax.jobs.compress import compress
 from caldera_jax.jobs.finetune import FinetuneConfig
@@ -501,3 +501,89 @@ def test_devices_that_share_a_batch_find_the_same_losses(place, finished, tmp_pa
     # sums in another order, in float32, and Adam divides by what may be small; six windows on four devices
     for name in ("losses", "validation"):
         np.testing.assert_allclose(found[name], finished["finetune"][-1][name], rtol=1e-3)
+
+
+# ---- one level: scales and gains
+
+
+@pytest.fixture(scope="module")
+def level_place(tmp_path_factory):
+    """A folder with a dense model, its text, and it at one level."""
+    folder = tmp_path_factory.mktemp("finetune_level")
+    text = str(tiny.write_text(folder / "text.txt", 400))
+    model = tiny.write_model(folder / "model", tiny.SQUARE)
+    compress(RunConfig(str(model), calibration=Tokens(text, 4, 32), evaluation=Tokens(text, 6, 32), bits=3.0,
+                       level=LevelConfig(8)), folder / "compressed")
+    return folder
+
+
+def test_a_loosened_level_has_a_scale_of_each_output_at_one(level_place):
+    layer = artifact.load(level_place / "compressed").params["blocks"][0]["up"]
+    rest, free = loosen(layer, True, 0)
+    assert set(free) == {"left_side"} and not loosen(layer, False, 0)[1]
+    [scale] = free["left_side"]
+    np.testing.assert_array_equal(scale, np.ones(24, np.float32))
+    x = jnp.asarray(gaussian(4, 24, 5), jnp.float32)
+    np.testing.assert_array_equal(apply(dataclasses.replace(rest, **free), x), apply(layer, x))
+    doubled = dataclasses.replace(rest, left_side=(2 * scale,))
+    np.testing.assert_allclose(apply(doubled, x), 2 * apply(layer, x), rtol=1e-6)
+    np.testing.assert_allclose(doubled.dense(), 2 * layer.dense(), rtol=1e-6)
+    np.testing.assert_allclose(apply(linear.in_bytes(doubled), x), 2 * apply(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_scales_and_gains_are_trained_counted_stored_and_trained_on(level_place, monkeypatch):
+    config = settings(level_place, dataclasses.replace(QUICK, reconstruct=1))
+    row = finetune.finetune(config, level_place / "tuned")
+    before, after = (artifact.load(level_place / name) for name in ("compressed", "tuned"))
+    outputs = sum(m for m, _ in llama.shapes(tiny.SQUARE).values()) * 2
+    assert row["finetune"][-1]["trained"] == outputs + 2 * 2 * tiny.SQUARE.dim  # and two norms a block
+    old, new = (sum(block[name].stored_bits for block in model.params["blocks"] for name in llama.LINEARS)
+                for model in (before, after))
+    assert new == old + 16 * outputs == row["bits_per_weight"] * row["compressed_weights"]
+    for was, now in zip(before.params["blocks"], after.params["blocks"], strict=True):
+        for name in llama.LINEARS:
+            np.testing.assert_array_equal(now[name].q.integers, was[name].q.integers)
+            assert now[name].left_side[0].dtype == jnp.float16 and np.any(np.asarray(now[name].left_side[0]) != 1)
+        assert all(np.any(now[name] != was[name]) for name in ("attn_norm", "ffn_norm"))
+    validation = row["finetune"][-1]["validation"]
+    assert np.nanmin(validation[1:]) < validation[0]  # what is kept is better than what was
+    again = finetune.finetune(dataclasses.replace(config, source=str(level_place / "tuned")), level_place / "twice")
+    assert again["bits_per_weight"] == row["bits_per_weight"]
+    assert again["finetune"][-1]["validation"][0] == pytest.approx(np.nanmin(validation), rel=1e-3)
+
+
+def test_a_tuned_level_is_exported_in_its_own_integers(level_place):
+    config = settings(level_place)
+    if not (level_place / "tuned").is_dir():
+        finetune.finetune(dataclasses.replace(config, train=dataclasses.replace(QUICK, reconstruct=1)),
+                          level_place / "tuned")
+    model = artifact.load(level_place / "tuned")
+    block = dict(model.params["blocks"][0])
+    assert export._foldable(block)
+    parts, scales, _ = export._folded(model.config, block)
+    x = gaussian(5, 24, 3) * np.asarray(block["ffn_norm"], np.float64)
+    theirs = gaussian(5, 24, 3) * parts["ffn_norm"]
+    wanted = np.asarray(block["gate"].dense(), np.float64) @ x.T
+    np.testing.assert_allclose(np.asarray(parts["gate"], float) * scales["gate"][:, None] @ theirs.T, wanted, rtol=1e-4,
+                               atol=1e-6)
+
+
+def test_a_level_without_l_r_gets_one_that_begins_at_nothing(level_place):
+    layer = artifact.load(level_place / "compressed").params["blocks"][0]["down"]
+    rest, free = loosen(layer, False, 2)
+    again = dataclasses.replace(rest, **free)
+    assert free.keys() == {"trained"} and again.rank == 2
+    np.testing.assert_array_equal(again.dense(), layer.dense())
+    with pytest.raises(ValueError, match="25 ranks are to be trained, more than a layer of 24 x 24 has"):
+        loosen(layer, False, 25)
+    config = settings(level_place, dataclasses.replace(QUICK, ranks=2))
+    row = finetune.finetune(config, level_place / "lora")
+    shapes = llama.shapes(tiny.SQUARE).values()
+    assert row["finetune"][-1]["trained"] == 2 * sum(m + 2 * (m + n) for m, n in shapes) + 4 * tiny.SQUARE.dim
+    before, after = (artifact.load(level_place / name) for name in ("compressed", "lora"))
+    old, new = (sum(block[name].stored_bits for block in model.params["blocks"] for name in llama.LINEARS)
+                for model in (before, after))
+    assert new == old + 2 * 16 * sum(m + 2 * (m + n) for m, n in shapes)
+    found = [np.abs(np.asarray(block[name].trained[0], np.float32)).max() for block in after.params["blocks"]
+             for name in llama.LINEARS]
+    assert min(found) > 0  # each learned something

@@ -272,7 +272,7 @@ def test_the_page_shows_where_its_bits_went(finished, tmp_path):
 def test_all_of_its_l_r_is_trained_or_none(config, tmp_path):
     compress(dataclasses.replace(config, bits=7.0, level=LevelConfig(rank=2)), tmp_path / "out")
     layer = artifact.load(tmp_path / "out").params["blocks"][0]["down"]
-    rest, free = student.loosen(layer, True, 1)
+    rest, free = student.loosen(layer, False, 1)
     assert rest.rank == 0 and free.keys() == {"trained"} and len(free["trained"][1]) == 2
     again = dataclasses.replace(rest, **free)
     np.testing.assert_allclose(again.dense(), layer.dense(), atol=1e-6)
@@ -284,5 +284,3 @@ def test_all_of_its_l_r_is_trained_or_none(config, tmp_path):
     train = TrainConfig(signs=False, ranks=2, epochs=1, batch=2, validate=2)
     row = finetune(FinetuneConfig(name, train, Tokens(text, 6, 16), aside=2), tmp_path / "tuned")
     assert row["finetune"][-1]["trained"] == 2 * 2 * sum(m + n for m, n in llama.shapes(tiny.SQUARE).values())
-    with pytest.raises(ValueError, match="signs are to be trained, and no layer has any"):
-        finetune(FinetuneConfig(name, TrainConfig(), Tokens(text, 12, 16), aside=2), tmp_path / "signs")

@@ -38,6 +38,8 @@ L [m, k] and R [k, n] are made as Z is, and ``layers`` has k as ``rank``.  Z is 
     q.sides.widths      int8 [4]            class of the width of each
     left_t.*, right.*   the same for L and R
 
+Fine-tuned, ``left_side.0`` is float16 [m]: what the outputs are multiplied by.
+
 Bits: b / g a weight of Q; k (m + n) b / g of the grid of L and R; m + n signs; 32 a scale; what fills up rows.  With
 rotation "orthogonal" a side is the Kronecker product of float32 matrices ``left_side.0``, ``left_side.1``; with "none"
 it is missing and the identity.  ``layers`` of the manifest has, for ``blocks.0.q``, ``shape`` [m, n] and ``grids`` of
@@ -167,7 +169,8 @@ names and the ``layers`` entry ``meta``:
         (m, n), (grid, left, right) = meta["shape"], meta["grids"]
         if grid["kind"] == "Integers":
             of, k = lambda name, rows, columns: levelled(arrays, name, rows, columns, grid["states"]), meta.get("rank")
-            return of("q", m, n) + (of("left_t", m, k) @ of("right", k, n) if k else 0)
+            w = of("q", m, n) + (of("left_t", m, k) @ of("right", k, n) if k else 0)
+            return w * np.float64(arrays.get("left_side.0", np.ones(m)))[:, None]
         w = part(arrays, "q", grid, n)
         w = w + part(arrays, "left_t", left, m).T @ part(arrays, "right", right, n)
         return side(arrays["left_side"], m).T @ w @ side(arrays["right_side"], n)
@@ -199,7 +202,7 @@ from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Block
 
-FORMAT = 3  # 1 had no trained signs and factors, 2 no integers of free rate; both are read, too
+FORMAT = 4  # 1 had no trained signs and factors, 2 no integers of free rate, 3 no trained scales; all are read, too
 MANIFEST = "manifest.json"
 REST = "rest.safetensors"  # embedding, last norm and head
 TOKENIZER = "tokenizer.json"

@@ -147,7 +147,8 @@ def quantized(model: Model) -> tuple[Params, dict[str, Written]]:
 def _foldable(block: Params) -> bool:
     """Whether all layers are diag(a) Z diag(b), those of one input with one b."""
     layers = [block[name] for name in LINEARS]
-    if not all(isinstance(w, CompressedLinear) and isinstance(w.q, Levelled) and not w.rank for w in layers):
+    if not all(isinstance(w, CompressedLinear) and isinstance(w.q, Levelled) and not w.rank and not w.right_side
+               for w in layers):
         return False
     shared = ("q", "k"), ("q", "v"), ("gate", "up")
     return all(np.array_equal(*(block[name].q.column for name in pair)) for pair in shared)
@@ -160,6 +161,7 @@ def _folded(config: LlamaConfig, block: Params) -> tuple[Params, dict[str, np.nd
     for name, part in parts.items():
         a[name], b[name] = (np.asarray(side, np.float64) for side in part.scales(np.float32))
         a[name] = np.where(np.any(part.integers, axis=1), a[name], 0)  # that of a row of zeros may be of any size
+        a[name] = a[name] * np.asarray(block[name].left_side[0] if block[name].left_side else 1, np.float64)
     middle = lambda scale: 2.0 ** np.round(np.log2(scale[scale > 0]).mean()) if scale.any() else 1.0
     for norm, first, layers in (("attn_norm", "q", "qkv"), ("ffn_norm", "gate", ("gate", "up"))):
         size = middle(a[first])

@@ -165,13 +165,15 @@ def _write(run: Run, model: Model, learner: Student, state: State) -> None:
     """The artifact, with the best parameters as they are stored."""
     best, paths = stored(state.best, learner.train.factor_dtype), []
     for index, (block, free) in enumerate(zip(learner.blocks, best["blocks"], strict=True)):
-        for name, layer in join(block, free).items():
+        trained = join(block, free)
+        for name, layer in trained.items():
             if isinstance(layer, CompressedLinear):
                 paths.append(f"blocks.{index}.{name}")
                 run.keep_layer(paths[-1], layer, {"bits": layer.stored_bits,
                                                   "bits_per_weight": layer.stored_bits / math.prod(layer.shape)})
         if any(path.startswith(f"blocks.{index}.") for path in paths):
-            model.params["blocks"][index] = run.block(model.config, index, model.params["blocks"][index])
+            gains = {name: np.asarray(trained[name]) for name, fields in free.items() if "gain" in fields}
+            model.params["blocks"][index] = run.block(model.config, index, {**model.params["blocks"][index], **gains})
     if "classifier" in best:
         model.params["classifier"] = np.asarray(best["classifier"])
     run.write(model, paths)

@@ -2,11 +2,14 @@
 
 A layer computes diag(s) Tᵀ (Q + L R) T diag(t) x, T the fast transform and s, t the signs: linear in each, so that they
 may be trained as reals (QuIP#, arXiv 2402.04396, section 5), and so may the first r columns of L and rows of R
-(CALDERA, arXiv 2405.18886, section 3).  A step goes through the model block by block, forward and back, and keeps only
-the streams between blocks; within a block the gradient decodes a few rows of Q at a time.
+(CALDERA, arXiv 2405.18886, section 3).  A layer of one level, diag(s) (diag(a) Z diag(b) + L R), has no signs: s begins
+at 1, and the gains of the norms, which b meets, are trained with it.  A step goes through the model block by block,
+forward and back, and keeps only the streams between blocks; within a block the gradient decodes a few rows of Q at a
+time.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +38,10 @@ OFFERED = {"goal": ("distill", "text", "labels"), "factor_dtype": ("bfloat16", "
 class TrainConfig:
     """All that decides a training but the model and the data.
 
-    signs: train the rotations' signs, stored as float16 then.  ranks: train so many first columns of L and rows of R,
-    stored as ``factor_dtype``; 0 for none.
+    signs: train the rotations' signs, and at one level, where there are none, a scale of each output and the norms'
+    gains; stored as float16 then, the gains as float32.  ranks: train so many first columns of L and rows of R, stored
+    as ``factor_dtype``; 0 for none.  A layer of one level without L R gets a new one, which begins at 0 (LoRA, arXiv
+    2106.09685).
     goal: "distill", T² KL(teacher ‖ student) of the next token at temperature T (arXiv 1503.02531); "text", the next
     token's negative log-likelihood; "labels", a window's class from a linear head on its last stream.
     reconstruct: epochs of fitting each block's output to the dense model's, block after block, before all are trained
@@ -94,15 +99,24 @@ def loosen(layer: CompressedLinear, signs: bool, ranks: int) -> tuple[Compressed
     """The layer, and those of its fields that are trained, in float32: its sides and, of L R, the first ranks.
 
     What ``join`` puts together computes what the layer does.  Ranks that were trained before are trained again,
-    whatever ``ranks``, and of a levelled L R, whose codes hang together, all or none; orthogonal factors and absent
-    rotations have no signs.
+    whatever ``ranks``, and of a levelled L R, whose codes hang together, all or none; where there is none at one level,
+    so many are made.  Orthogonal factors and absent rotations have no signs.
     """
     free: dict[str, Any] = {}
     if signs:
         sides = layer.sides(jnp.float32)
         free = {name: side.astype(jnp.float32) for name, side in zip(("left_side", "right_side"), sides, strict=True)
                 if not isinstance(side, tuple)}
+        if isinstance(layer.q, Levelled):
+            (own,) = layer.left_side or (jnp.ones(layer.shape[0]),)
+            free["left_side"] = (jnp.asarray(own, jnp.float32),)
     own = 0 if layer.trained is None else len(layer.trained[0])
+    if ranks and not layer.rank and isinstance(layer.q, Levelled):
+        (m, n), key = layer.shape, jax.random.key(0)
+        if ranks > min(m, n):
+            raise ValueError(f"{ranks} ranks are to be trained, more than a layer of {m} x {n} has: give fewer")
+        free["trained"] = jnp.zeros((ranks, m)), jax.random.normal(key, (ranks, n)) / math.sqrt(n)
+        return layer, free
     if count := layer.rank if ranks and isinstance(layer.right, Levelled) else max(own, min(ranks, layer.rank)):
         _, left, right = layer.rotated()
         free["trained"] = _balanced(left.T[:count].astype(jnp.float32), right[:count].astype(jnp.float32))
@@ -127,13 +141,15 @@ def _from(part: Packed | Levelled | None, row: int) -> Packed | Levelled | None:
 
 
 def join(block: Mapping[str, Any], free: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The block with what is trained in its place."""
-    return {**block, **{name: dataclasses.replace(block[name], **fields) for name, fields in free.items()}}
+    """The block with what is trained in its place, a norm's gain times its own."""
+    return {**block, **{name: block[name].astype(jnp.float32) * fields["gain"] if "gain" in fields else
+                        dataclasses.replace(block[name], **fields) for name, fields in free.items()}}
 
 
 def stored(free: Free, factor_dtype: str) -> Free:
     """What is trained as it is stored: signs in float16, factors in ``factor_dtype``, a classifier in float32."""
-    to = {"left_side": jnp.float16, "right_side": jnp.float16, "trained": jnp.dtype(factor_dtype)}
+    to = {"left_side": jnp.float16, "right_side": jnp.float16, "trained": jnp.dtype(factor_dtype),
+          "gain": jnp.float32}
 
     def rounded(fields):
         return {field: jax.tree.map(lambda a, dtype=to[field]: a.astype(dtype), value)
@@ -282,10 +298,13 @@ def student(config: LlamaConfig, params: Params, train: TrainConfig, classes: in
                  if isinstance(value, CompressedLinear)}
         blocks.append({**block, **{name: layer for name, (layer, _) in loose.items()}})
         free.append({name: fields for name, (_, fields) in loose.items() if fields})
+        if any(isinstance(fields.get("left_side"), tuple) for fields in free[-1].values()):
+            free[-1] |= {name: {"gain": jnp.ones(value.shape, jnp.float32)} for name, value in dict(block).items()
+                         if name.endswith("norm")}
     names = {name for block in free for fields in block.values() for name in fields}
     if train.signs and not names & {"left_side", "right_side"}:
-        raise ValueError("signs are to be trained, and no layer has any: the model was compressed without Hadamard "
-                         "rotation, as all are at one level: train ranks alone, without signs")
+        raise ValueError("signs are to be trained, and no layer has any: the model was compressed at fixed rates and "
+                         "without Hadamard rotation: train ranks alone, without signs")
     if train.ranks and "trained" not in names:
         raise ValueError("ranks are to be trained, and no layer has any: the model was compressed at rank 0: train "
                          "signs alone, with ranks 0")

@@ -31,10 +31,10 @@ def schedule(train: TrainConfig, steps: int) -> optax.Schedule:
 
 @cache  # jit knows it again
 def optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW on clipped gradients, signs at ``sign_rate``, factors and classifier at ``factor_rate``; weight decay on
-    the latter alone: a sign that decays to 0 would take its channel with it."""
+    """AdamW on clipped gradients, signs and scales at ``sign_rate``, factors and classifier at ``factor_rate``; weight
+    decay on the latter alone: a sign that decays to 0 would take its channel with it."""
     def is_sign(path):
-        return any(getattr(key, "key", None) in ("left_side", "right_side") for key in path)
+        return any(getattr(key, "key", None) in ("left_side", "right_side", "gain") for key in path)
 
     by_path = lambda function: partial(jax.tree_util.tree_map_with_path, function)
     rate = by_path(lambda path, u: (train.sign_rate if is_sign(path) else train.factor_rate) * u)
