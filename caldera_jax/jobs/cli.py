@@ -251,8 +251,9 @@ def finetune(directory: Directory, out: Path,
         out: directory for the trained one; must be new, or of the same run.
         preset: smoke (two steps); signs (the authors' first stage, the default) and factors (their second); both at
             once; rte and winogrande (their settings for classes of texts). All that follows overrides it.
-        signs: train the signs of the rotations.
-        ranks: train so many first columns of L and rows of R.
+        signs: train the signs of the rotations; of a model of one level, which has none, a scale of each output and the
+            norms' gains.
+        ranks: train so many first columns of L and rows of R; at one level, where there is no L R, a new one.
         factor_dtype: that trained factors are stored in.
         goal: distill, the dense model's soft targets; text, the next token; labels, the class of a text.
         temperature: of the soft targets.

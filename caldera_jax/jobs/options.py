@@ -159,7 +159,7 @@ class Optimizer:
     accumulate: Int = None
     """parts of a batch, one after the other, to save memory."""
     sign_rate: Float = None
-    """of AdamW for signs."""
+    """of AdamW for signs, scales and gains."""
     factor_rate: Float = None
     """of AdamW for factors and a classifier."""
     weight_decay: Float = None
