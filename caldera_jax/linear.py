@@ -230,9 +230,10 @@ def in_bytes(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarra
         z, dtype = np.asarray(q.integers), np.dtype(q.level.dtype)
         a, b = (np.exp2(np.asarray(side, dtype) / 8, dtype=dtype) for side in (q.row, q.column))
         a *= np.asarray(q.level)
+        _, left, right = _rotated(dataclasses.replace(weight, q=None)) if weight.rank else (None,) * 3
     elif isinstance(q, Packed) and _stages(weight.grids[0]) == (1.0,):
-        found, scale = np.asarray(_decode(weight.grids[0], q, weight.shape[1])), np.asarray(q.scale)
-        z, (m, n) = np.rint(4 * found / np.where(scale == 0, 1, scale)).astype(np.int8), weight.shape
+        (found, left, right), scale, (m, n) = _rotated(weight), np.asarray(q.scale), weight.shape
+        z = np.rint(4 * np.asarray(found) / np.where(scale == 0, 1, scale)).astype(np.int8)
         a, b = np.full(m, scale.item() / 4, scale.dtype), np.ones(n, scale.dtype)
     else:
         return weight
@@ -243,11 +244,13 @@ def in_bytes(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarra
     first = np.clip(z, -127, 127)
     rest, copy = (z - first)[:, again], np.arange(len(again)) - np.searchsorted(again, again)
     more = np.sign(rest) * np.clip(np.abs(rest) - 127 * copy, 0, 127)
-    _, left, right = (None,) * 3 if not weight.rank else dataclasses.replace(weight, q=None).rotated()
     both = np.concatenate([first, more], axis=1).astype(np.int8)
     return dataclasses.replace(
         weight, q=Bytes(both, again.astype(np.int32), a, b),
         left_t=None, right=None, trained=None if left is None else (left.T, right))
+
+
+_rotated = jax.jit(lambda weight: weight.rotated())
 
 
 def alike(layers: Sequence[Array | np.ndarray | CompressedLinear]) -> list[Array | np.ndarray | CompressedLinear]:
