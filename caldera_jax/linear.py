@@ -115,18 +115,15 @@ class CompressedLinear:
         return incoherence.undo(self.sides(self.dtype), low_rank if q is None else q + low_rank)
 
 
-def apart(weight: CompressedLinear) -> tuple[CompressedLinear, tuple[Float[Array, "m k"], Float[Array, "k n"]] | None]:
-    """The weight without its L R, and these in the caller's basis, Uᵀ L and R V; None where it has none."""
-    left, right = _low_rank(weight)
-    alone = dataclasses.replace(weight, left_t=None, right=None, trained=None)
-    return alone, None if left is None else (left, right)
+def q_alone(weight: CompressedLinear) -> CompressedLinear:
+    """The weight without its L R."""
+    return dataclasses.replace(weight, left_t=None, right=None, trained=None)
 
 
 @jax.jit
 @jax.default_matmul_precision("highest")
-def _low_rank(weight):
-    if not weight.rank:
-        return None, None
+def low_rank(weight: CompressedLinear) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
+    """Its L and R in the caller's basis, Uᵀ L and R V; of a weight that has some."""
     sides, (_, left, right) = weight.sides(weight.dtype), dataclasses.replace(weight, q=None).rotated()
     return incoherence.backward(sides.left, left.T).T, incoherence.backward(sides.right, right)
 
@@ -188,7 +185,6 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     rotated = incoherence.forward(sides.right, rows)
     if isinstance(weight.q, Bytes):
         y = _by_bytes(rotated, weight.q)
-        y = y if right is None else y + multiply(rotated, (None, left_t, right), stages, m)
     elif isinstance(weight.q, Levelled):
         a, b = weight.q.scales(jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
         size = jnp.exp(jnp.mean(jnp.log(a)))  # beside b, so that sums of integers stay in the range of half precision
@@ -207,12 +203,12 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
 
 def _by_bytes(x, q):
     """x Qᵀ: by products of integers on a CPU, elsewhere, and in double precision, as rows that are widened."""
-    bytewise, q = jax.default_backend() == "cpu" and x.dtype.itemsize <= 4, Bytes(*map(jnp.asarray, q))
-    kind = jnp.dtype(jnp.float32) if bytewise else x.dtype
+    on_cpu, q = jax.default_backend() == "cpu" and x.dtype.itemsize <= 4, Bytes(*map(jnp.asarray, q))
+    kind = jnp.dtype(jnp.float32) if on_cpu else x.dtype
     scaled = x.astype(kind) * q.b.astype(kind)[None]
     scaled = jnp.concatenate([scaled, scaled[:, q.again]], axis=1)
     z = Rows((q.integers,), lambda tile: tile)
-    y = integers.multiply(scaled, q.integers) if bytewise else multiply(
+    y = integers.multiply(scaled, q.integers) if on_cpu else multiply(
         scaled, (z, None, None), (None,) * 3, len(q.a))
     return (y * q.a.astype(kind)[None]).astype(x.dtype)
 
@@ -253,18 +249,22 @@ def in_bytes(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarra
 _rotated = jax.jit(lambda weight: weight.rotated())
 
 
+def bytewise(weight: Array | np.ndarray | CompressedLinear) -> bool:
+    """Whether it is one in ``Bytes``."""
+    return isinstance(weight, CompressedLinear) and isinstance(weight.q, Bytes)
+
+
 def alike(layers: Sequence[Array | np.ndarray | CompressedLinear]) -> list[Array | np.ndarray | CompressedLinear]:
     """The same weights, those in ``Bytes`` with equally many columns: a program for one is one for all.  Host function.
     """
-    own = [isinstance(w, CompressedLinear) and isinstance(w.q, Bytes) for w in layers]
-    most = max((len(w.q.again) for w, is_own in zip(layers, own, strict=True) if is_own), default=0)
+    most = max((len(w.q.again) for w in layers if bytewise(w)), default=0)
 
     def widened(weight):
         q, more = weight.q, most - len(weight.q.again)
         return dataclasses.replace(weight, q=q._replace(integers=np.pad(q.integers, ((0, 0), (0, more))),
                                                         again=np.pad(q.again, (0, more))))
 
-    return [widened(w) if is_own else w for w, is_own in zip(layers, own, strict=True)]
+    return [widened(w) if bytewise(w) else w for w in layers]
 
 
 def rows(weight: Array | np.ndarray | CompressedLinear, places: Int[Array | np.ndarray, "*batch"]

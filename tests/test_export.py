@@ -462,11 +462,12 @@ def test_peft_applies_the_adapter(tmp_path):
 
 
 def test_an_adapter_that_cannot_be_is_refused_by_name_and_nothing_is_left(tmp_path):
-    fused = dataclasses.replace(PLAIN, family="phi3")
+    fused, other = (dataclasses.replace(PLAIN, family=family) for family in ("phi3", "qwen3"))
     plain = levelled(dataclasses.replace(WIDE, kv_heads=2))
     for model, to, adapter, message in (
             (plain, "gguf", "a.gguf", "has no L R: leave --adapter out"),
             (make(PLAIN), "gguf", "a.bin", "let --adapter end in .gguf"),
+            (make(other), "gguf", "a.gguf", "GGUF files of family 'qwen3' are not written"),
             (make(fused), "hf", "a", "'phi3', in whose files gate is a part of a larger matrix")):
         with pytest.raises(ValueError, match=message):
             export.export(model, to, tmp_path / "base.gguf", "float32", tmp_path / adapter)

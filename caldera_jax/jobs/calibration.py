@@ -58,7 +58,8 @@ def forward(config: LlamaConfig, block: Mapping[str, Any], x: Float[Array | np.n
 def run_block(config: LlamaConfig, block: Mapping[str, Any], streams: Streams, batch: int = 4) -> None:
     """Take the streams through one block, in place, at most ``batch`` windows at a time.
 
-    A compressed block is put together once, and multiplied as a dense one; one of more than ``UNPACKED`` weights never.
+    A compressed block is put together once, and multiplied as a dense one; not one of more than ``UNPACKED`` weights,
+    which would take too much memory.
     """
     block = dict(block)
 

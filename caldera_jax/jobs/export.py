@@ -87,17 +87,16 @@ def _apart(model: Model, dtype: str) -> tuple[Model, dict[tuple[int, str], tuple
     low_rank, blocks = {}, []
 
     def alone(block, name):
-        return linear.apart(weight)[0] if isinstance(weight := block[name], CompressedLinear) else weight
+        return linear.q_alone(weight) if isinstance(weight := block[name], CompressedLinear) else weight
 
     for i, block in enumerate(model.params["blocks"]):
         parts = dict(block)
-        layers = {name: linear.apart(w) for name, w in parts.items() if isinstance(w, CompressedLinear)}
-        base = parts | {name: one for name, (one, _) in layers.items()}
+        base = {name: alone(parts, name) for name in parts}
         sides = _folded(model.config, base)[2] if dtype == "q8_0" and _foldable(base) else {}
-        for name, (_, beside) in layers.items():
-            if beside is not None:
+        for name, weight in parts.items():
+            if isinstance(weight, CompressedLinear) and weight.rank:
                 outer, inner = sides.get(name, (1.0, 1.0))
-                left, right = (np.asarray(part, np.float64) for part in beside)
+                left, right = (np.asarray(part, np.float64) for part in linear.low_rank(weight))
                 low_rank[i, name] = np.float32(np.reshape(outer, (-1, 1)) * left), np.float32(right / inner)
         blocks.append(Block({name: partial(alone, block, name) for name in block}))
     if not low_rank:
@@ -146,7 +145,7 @@ def quantized(model: Model) -> tuple[Params, dict[str, Written]]:
 
 def _foldable(block: Params) -> bool:
     """Whether all layers are diag(a) Z diag(b), those of one input with one b."""
-    layers = [block[name] for name in LINEARS]
+    layers = [block.get(name) for name in LINEARS]  # experts have other names
     if not all(isinstance(w, CompressedLinear) and isinstance(w.q, Levelled) and not w.rank and not w.right_side
                for w in layers):
         return False
@@ -162,7 +161,7 @@ def _folded(config: LlamaConfig, block: Params) -> tuple[Params, dict[str, np.nd
         a[name], b[name] = (np.asarray(side, np.float64) for side in part.scales(np.float32))
         a[name] = np.where(np.any(part.integers, axis=1), a[name], 0)  # that of a row of zeros may be of any size
         a[name] = a[name] * np.asarray(block[name].left_side[0] if block[name].left_side else 1, np.float64)
-    middle = lambda scale: 2.0 ** np.round(np.log2(scale[scale > 0]).mean()) if scale.any() else 1.0
+    middle = lambda scale: 2.0 ** np.round(np.log2(np.abs(scale[scale != 0])).mean()) if scale.any() else 1.0
     for norm, first, layers in (("attn_norm", "q", "qkv"), ("ffn_norm", "gate", ("gate", "up"))):
         size = middle(a[first])
         found[norm] = np.asarray(block[norm], np.float64) * b[first] * size
@@ -170,7 +169,7 @@ def _folded(config: LlamaConfig, block: Params) -> tuple[Params, dict[str, np.nd
             a[name], inner[name] = a[name] / size, b[first] * size
     grouped = config.heads != config.kv_heads
     for before, name in (("up", "down"), *(() if grouped else (("v", "o"),))):
-        size = middle(np.sqrt(a[name]))  # half of it
+        size = middle(np.sqrt(np.abs(a[name])))  # half of it
         outer[before] = inner[name] = b[name] * size
         a[before], a[name] = a[before] * outer[before], a[name] / size
         if bias := {f"{before}_bias"} & block.keys():

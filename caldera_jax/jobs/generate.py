@@ -23,7 +23,6 @@ from tokenizers import Tokenizer
 
 from caldera_jax import linear
 from caldera_jax.jobs import artifact, report, spread
-from caldera_jax.linear import CompressedLinear
 from caldera_jax.models import convert, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LlamaConfig, Params
@@ -124,15 +123,16 @@ def complete(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int
 def place(params: Params, held: Held = "packed") -> Params:
     """The weights on the device, read block by block: packed ones as they are, dense, or in bytes (``linear.in_bytes``)
     where they can be, those of one name alike in all blocks, so that one program runs them."""
-    take = {"packed": lambda w: w, "dense": linear.dense, "bytes": linear.in_bytes}[held]
-    if held != "bytes":
-        blocks = [{name: jax.device_put(take(weight)) for name, weight in block.items()} for block in params["blocks"]]
-    else:
-        blocks = [{name: take(weight) for name, weight in block.items()} for block in params["blocks"]]
-        layers = {name: linear.alike([block[name] for block in blocks]) for name in blocks[0]}
-        blocks = [jax.device_put({name: of[i] for name, of in layers.items()}) for i in range(len(blocks))]
+    change = {"packed": lambda w: w, "dense": linear.dense, "bytes": linear.in_bytes}[held]
+
+    def take(weight):
+        found = change(weight)
+        return found if linear.bytewise(found) else jax.device_put(found)  # and what was read from the disk goes
+
+    blocks = [{name: take(weight) for name, weight in block.items()} for block in params["blocks"]]
+    layers = {name: jax.device_put(linear.alike([block[name] for block in blocks])) for name in blocks[0]}
     rest = {name: take(value) for name, value in weights.rest(params).items()}
-    return jax.device_put(rest) | {"blocks": blocks}
+    return jax.device_put(rest) | {"blocks": [{name: of[i] for name, of in layers.items()} for i in range(len(blocks))]}
 
 
 def _steps(config, params, prompts, sampling, ends):
@@ -288,8 +288,8 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
     with clock.stage("load"):
         start = report.peak_memory()
         model = load(source)
-        layers = model.config.layers * llama.block_weights(model.config)
-        held = held or ("bytes" if 2 * layers <= spread.available_memory() else "packed")
+        count = model.config.layers * llama.block_weights(model.config)
+        held = held or ("bytes" if 2 * count <= spread.available_memory() else "packed")
         model = model._replace(params=place(model.params, held))  # what was read from the disk goes
         config, params = model.config, model.params
         ids = [tokenizer.prompt(model.tokenizer, prompt) for prompt in prompts]
@@ -316,7 +316,7 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
         tell(row, text.rest())
     slots = 2 * config.layers * len(ids) * _capacity(config, list(map(len, ids)), sampling)
     layers = [block[name] for block in params["blocks"] for name in llama.linears(config)]
-    bytewise = sum(isinstance(w, CompressedLinear) and isinstance(w.q, linear.Bytes) for w in layers)
+    bytewise = sum(map(linear.bytewise, layers))
     return Result(
         said, tokens, sum(map(len, ids)), len(layers), bytewise, sum(leaf.nbytes for leaf in jax.tree.leaves(layers)),
         artifact.model_bytes(params), 4 * slots * config.kv_heads * config.head_dim, start,

@@ -396,10 +396,7 @@ def save_gguf(path: str | Path, model: Model) -> None:
     (``tokenizer.to_gguf``); and OSError where the disk is full.
     """
     config, params = model.config, model.params
-    if config.family != "llama":
-        raise ValueError(f"GGUF files of family {config.family!r} are not written, only of Llama, Mistral and Qwen2: "
-                         "export the model with --to hf")
-    architecture = "qwen2" if config.qkv_bias else "llama"
+    architecture = _architecture(config)
     if config.qkv_bias and not isinstance(config.rope_scaling, LinearRopeScaling | None):
         raise ValueError("GGUF's architecture 'qwen2' has no words for Llama 3's rope scaling: export the model with "
                          "--to hf")
@@ -448,13 +445,21 @@ def save_gguf(path: str | Path, model: Model) -> None:
         writer.close()
 
 
+def _architecture(config):
+    """GGUF's name; ValueError for a family that is not written."""
+    if config.family != "llama":
+        raise ValueError(f"GGUF files of family {config.family!r} are not written, only of Llama, Mistral and Qwen2: "
+                         "export the model with --to hf")
+    return "qwen2" if config.qkv_bias else "llama"
+
+
 LowRank = Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # L [m, k] and R [k, n] by block and layer
 
 
 def save_gguf_lora(path: str | Path, config: LlamaConfig, low_rank: LowRank, base: str) -> None:
-    """Write W + L R for some layers as a LoRA adapter of scale 1 that llama.cpp applies to the model that ``save_gguf``
-    writes."""
-    writer, paired = GGUFWriter(path, "qwen2" if config.qkv_bias else "llama"), _paired(config)
+    """Write L R of some layers as a LoRA adapter of scale 1 for the model that ``save_gguf`` writes without them.
+    ValueError as there for other families."""
+    writer, paired = GGUFWriter(path, _architecture(config)), _paired(config)
     writer.add_type("adapter")
     writer.add_name(Path(base).name)
     writer.add_string("adapter.type", "lora")
@@ -473,8 +478,8 @@ def save_gguf_lora(path: str | Path, config: LlamaConfig, low_rank: LowRank, bas
 
 
 def save_peft(directory: str | Path, config: LlamaConfig, low_rank: LowRank, base: str) -> None:
-    """Write W + L R for some layers as a LoRA adapter of scale 1 in a directory that PEFT reads, beside the model that
-    ``save_hf`` writes.  ValueError for families that keep several of the layers in one matrix."""
+    """Write L R of some layers as a LoRA adapter of scale 1, a directory for PEFT, beside the model that ``save_hf``
+    writes without them.  ValueError for families that keep several of the layers in one matrix."""
     names = families.tensors(config.row, config.experts)
     if fused := [layer for _, layer in low_rank if list(names.values()).count(names[layer]) > 1 or config.experts]:
         raise ValueError(f"no adapter is written for family {config.family!r}, in whose files {fused[0]} is a part of "
