@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Key, UInt
-from scipy import stats
+from scipy.special import ndtri
 
 from caldera_jax import lattice
 from caldera_jax.kernels import e8p
@@ -203,8 +203,8 @@ class NormalFloat(_Codes):
         """The grid, ascending: half of the levels below zero, one more than the rest above."""
         half = 2 ** (self.bits - 1)
         tail = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2  # mean of the two halves' outermost probabilities
-        above = stats.norm.ppf(np.linspace(0.5, tail, half + 1))
-        below = -stats.norm.ppf(np.linspace(0.5, tail, half))[1:]
+        above = ndtri(np.linspace(0.5, tail, half + 1))
+        below = -ndtri(np.linspace(0.5, tail, half))[1:]
         return np.sort(np.concatenate([below, above])) / above[-1]
 
     def scale(self, x, real):

@@ -144,18 +144,19 @@ def encode(integers: Int[np.ndarray, "m n"], row: Int[np.ndarray, " m"], column:
 
 
 def decode(stream: Stream, row: Int[np.ndarray, " m"], column: Int[np.ndarray, " n"],
-           states: int) -> Int32[np.ndarray, "m n"]:
+           states: int) -> Int[np.ndarray, "m n"]:
     """What ``encode`` was given.  ValueError where a stream does not end as it began: damaged, or of other classes."""
     return decode_all([stream], [row], [column], states)[0]
 
 
 def decode_all(streams: Sequence[Stream], rows: Sequence[Int[np.ndarray, " _"]],
-               columns: Sequence[Int[np.ndarray, " _"]], states: int) -> list[Int32[np.ndarray, "_ _"]]:
+               columns: Sequence[Int[np.ndarray, " _"]], states: int) -> list[Int[np.ndarray, "_ _"]]:
     """Several at once: the lanes of all side by side.  Raises as ``decode``, whichever is damaged."""
+    tall = min(SEQUENCE, max(map(len, rows), default=0))  # what is not there is not read, and lists are short
     shapes = [lanes(len(row), len(column)) for row, column in zip(rows, columns, strict=True)]
     below = lambda a, length: np.pad(a, (0, -len(a) % length), constant_values=DEAD).reshape(-1, length)
     of_row, of_column = (np.ascontiguousarray(np.concatenate(each).T, np.int32) for each in (
-        [np.repeat(below(row, SEQUENCE), across, axis=0) for row, (_, across) in zip(rows, shapes, strict=True)],
+        [np.repeat(below(row, SEQUENCE), over, axis=0)[:, :tall] for row, (_, over) in zip(rows, shapes, strict=True)],
         [np.tile(below(column, COLUMNS), (down, 1)) for column, (down, _) in zip(columns, shapes, strict=True)]))
     counts = [*map(math.prod, shapes)]
     if any({len(s.lengths), len(s.states)} != {count} for s, count in zip(streams, counts, strict=True)):
@@ -173,8 +174,9 @@ def decode_all(streams: Sequence[Stream], rows: Sequence[Int[np.ndarray, " _"]],
         raise ValueError("a stream of coded integers is damaged, or is read with other scales than it was written with")
     found, apart = [], np.split(of_all, np.cumsum(counts)[:-1], axis=1)
     for stream, shape, q, row, column in zip(streams, shapes, apart, rows, columns, strict=True):
-        q = q.reshape(COLUMNS, SEQUENCE, *shape).transpose(2, 1, 3, 0).reshape(SEQUENCE * shape[0], -1)
-        q = q[:len(row), :len(column)].astype(np.int32, order="C")
+        kind = q.dtype if (stream.values.astype(q.dtype) == stream.values).all() else stream.values.dtype
+        q = q.reshape(COLUMNS, tall, *shape).transpose(2, 1, 3, 0).reshape(tall * shape[0], -1)
+        q = q[:len(row), :len(column)].astype(kind, order="C")
         q.reshape(-1)[stream.places] = stream.values
         found.append(q)
     return found
@@ -208,7 +210,7 @@ def decode_classes(found: Sequence[Classes], sizes: Sequence[Sequence[int]]) -> 
     widths = [np.repeat(of.widths.astype(np.int32), count) for of, count in zip(found, columns, strict=True)]
     rows = [np.zeros(LIST, np.int32)] * len(found)
     streams = decode_all([of.stream for of in found], rows, widths, 1)
-    return [[a.T.ravel()[:size] + middle for a, size, middle in zip(
+    return [[a.T.ravel()[:size] + np.int32(middle) for a, size, middle in zip(
         np.split(stream, np.cumsum(count)[:-1], axis=1), of_sizes, of.middles, strict=True)]
             for stream, count, of_sizes, of in zip(streams, columns, sizes, found, strict=True)]
 

@@ -233,14 +233,15 @@ def in_bytes(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarra
         a, b = np.full(m, scale.item() / 4, scale.dtype), np.ones(n, scale.dtype)
     else:
         return weight
-    z = z.astype(np.int32)
-    again = np.repeat(np.arange(z.shape[1]), np.maximum(np.abs(z).max(axis=0, initial=0) - 1, 0) // 127)
+    most = np.maximum(z.max(axis=0, initial=0).astype(np.int32), -z.min(axis=0, initial=0).astype(np.int32))
+    again = np.repeat(np.arange(z.shape[1]), np.maximum(most - 1, 0) // 127)
     if len(again) > z.shape[1]:
         return weight
-    first = np.clip(z, -127, 127)
-    rest, copy = (z - first)[:, again], np.arange(len(again)) - np.searchsorted(again, again)
-    more = np.sign(rest) * np.clip(np.abs(rest) - 127 * copy, 0, 127)
-    both = np.concatenate([first, more], axis=1).astype(np.int8)
+    first = np.clip(z, -127, 127).astype(np.int8)
+    rest = z[:, again].astype(np.int32) - first[:, again]
+    beyond = 127 * (np.arange(len(again)) - np.searchsorted(again, again))  # what the copies before hold
+    more = np.sign(rest) * np.clip(np.abs(rest) - beyond, 0, 127)
+    both = np.concatenate([first, more.astype(np.int8)], axis=1)
     return dataclasses.replace(
         weight, q=Bytes(both, again.astype(np.int32), a, b),
         left_t=None, right=None, trained=None if left is None else (left.T, right))

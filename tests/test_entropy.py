@@ -52,6 +52,15 @@ def test_outliers_and_widths_beyond_the_tables_come_back_too(states):
     np.testing.assert_array_equal(entropy.decode(stream, row, column, states), q)
 
 
+@pytest.mark.parametrize(("value", "bytes"), [(2**15 - 1, 2), (2**15, 4), (-(2**15), 2), (-(2**15) - 1, 4)])
+def test_integers_come_back_in_16_bits_but_where_one_needs_more(value, bytes):
+    row, column, q = drawn(20, 30, 1)
+    q[3, 4] = value
+    found = entropy.decode(entropy.encode(q, row, column, 1), row, column, 1)
+    assert found.dtype.itemsize == bytes
+    np.testing.assert_array_equal(found, q)
+
+
 def test_streams_that_are_read_together_are_those_read_one_by_one():
     rows, columns, integers = zip(*(drawn(*shape, 8, seed) for seed, shape in enumerate(SHAPES)), strict=True)
     integers[1][-1, -1] -= 4 * 10**8  # an outlier

@@ -482,9 +482,9 @@ def _weight(path: Path, name: str, metas: dict[str, Any]) -> np.ndarray | Compre
         raise ValueError(f"{path}: {name}: {error}: restore the file or compress the model again") from error
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # two threads read (``generate.place``)
 def _levelled(path: Path, changed: int, metas: str) -> dict[str, CompressedLinear]:
-    """A block's layers of free rate, read together, as few lanes take as long as many; the last block's are kept."""
+    """A block's layers of free rate, read together, as few lanes take as long as many; the last blocks' are kept."""
     chosen = {name: meta for name, meta in json.loads(metas).items() if "states" in (meta["grids"][0] or {})}
     return layers_from({name: _arrays(path, name) for name in chosen}, chosen)
 

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -129,7 +129,8 @@ def place(params: Params, held: Held = "packed") -> Params:
         found = change(weight)
         return found if linear.bytewise(found) else jax.device_put(found)  # and what was read from the disk goes
 
-    blocks = [{name: take(weight) for name, weight in block.items()} for block in params["blocks"]]
+    with ThreadPoolExecutor(2) as pool:  # half of it waits for the disk, or for one thread that decodes
+        blocks = list(pool.map(lambda block: {name: take(weight) for name, weight in block.items()}, params["blocks"]))
     layers = {name: jax.device_put(linear.alike([block[name] for block in blocks])) for name in blocks[0]}
     rest = {name: take(value) for name, value in weights.rest(params).items()}
     return jax.device_put(rest) | {"blocks": [{name: of[i] for name, of in layers.items()} for i in range(len(blocks))]}
