@@ -17,8 +17,8 @@ from machinery import Experiment, collect, draw, run
 SCRIPTS = {"train_tiny.py": "train_tiny_tiny_*.json", "original.py": "original_block14.json",
            "speed.py": "speed_summary.json", "roofline.py": "roofline.json",
            "dry_run.py": "dry_run.json", "generation.py": "generation.json"}  # and the record that each writes last
-NAMES = ("spectra", "outer", "inner", "perplexity", "ablations", "frontier", "allocation", "level", "output_factor",
-         "distillation", "recovery", "wide")
+NAMES = ("spectra", "outer", "inner", "perplexity", "ablations", "frontier", "allocation", "level", "size",
+         "output_factor", "distillation", "recovery", "wide")
 
 
 def experiment(name: str) -> Experiment:

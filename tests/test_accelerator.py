@@ -163,7 +163,7 @@ def test_the_job_asks_caldera_for_what_it_knows(monkeypatch):
         out.mkdir()
         files.write_json(out / "report.json", REPORT)
 
-    def generate(model, prompts, sampling, held, show):
+    def generate(model, prompts, sampling, held, kept, show):
         asked["generate"] = (Path(model).name, prompts, sampling)
         raise ValueError("no model")
 

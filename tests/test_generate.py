@@ -199,6 +199,17 @@ def test_weights_are_in_bytes_where_they_fit_in_half_of_what_is_free(on_disk, mo
         assert generate.run(on_disk, ["to"], Sampling(1)).bytewise == (config.layers * 7 if held == "bytes" else 0)
 
 
+@pytest.mark.parametrize(("backend", "kept", "dtype"), [
+    ("cpu", None, "float32"), ("gpu", None, "bfloat16"), ("tpu", "float32", "float32"), ("cpu", "bfloat16", "bfloat16")])
+def test_keys_and_values_take_16_bits_where_it_is_asked_for_and_on_accelerators(
+        backend, kept, dtype, monkeypatch):
+    made, empty_cache = [], generate.llama.empty_cache
+    monkeypatch.setattr(generate.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(generate.llama, "empty_cache", lambda *shape: made.append(empty_cache(*shape)) or made[-1])
+    generate.complete(GQA, make(GQA), [[3, 1, 4]], Sampling(2), kept=kept)
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype(dtype)}
+
+
 def test_packed_weights_stay_packed_on_the_device(packed):
     _, params = packed
     placed = generate.place(params)
@@ -392,6 +403,7 @@ def test_a_run_tells_its_text_as_it_comes_its_tokens_and_what_they_took(on_disk)
     placed = generate.place(model.params, "bytes")
     assert result.prompt_tokens == 13 and result.weight_bytes == artifact.model_bytes(placed)
     assert result.cache_bytes == 2 * 2 * 2 * 32 * 24 * 4  # layers, keys and values, prompts, slots, two heads of 12
+    assert generate.run(on_disk, prompts, Sampling(1), kept="bfloat16").cache_bytes == result.cache_bytes / 2
     stages = result.stages
     assert stages.keys() == {"load", "prompt", "tokens"} and result.peak_bytes >= result.start_bytes > 0
     steady = {name: stage["seconds"] - stage["compile_seconds"] for name, stage in stages.items()}

@@ -154,9 +154,9 @@ def test_a_block_reports_the_inputs_of_its_linear_layers():
     np.testing.assert_allclose(inputs["qkv"], x / scale * p["attn_norm"], atol=1e-12)
 
 
-def cached(config, params, tokens, first):
+def cached(config, params, tokens, first, dtype=jnp.float64):
     """Logits of rows that go on one token at a time after ``first`` ones each, all padded to the longest; NaN there."""
-    caches = [llama.empty_cache(config, len(tokens), tokens.shape[1], jnp.float64) for _ in params["blocks"]]
+    caches = [llama.empty_cache(config, len(tokens), tokens.shape[1], dtype) for _ in params["blocks"]]
     caches = jax.tree.map(lambda slots: slots + 1e3, caches)  # what was never written is not seen
     logits, first = np.full((*tokens.shape, config.vocab), np.nan), np.array(first)
     at = np.broadcast_to(np.arange(max(first)), (len(tokens), max(first)))
@@ -183,6 +183,13 @@ def test_a_token_after_those_in_the_cache_has_the_logits_of_the_whole_sequence(c
             read = 40 - max(first) + start
             np.testing.assert_allclose(logits[row, :read], expected[row, :read], atol=1e-11)
             assert np.isnan(logits[row, read:]).all()
+
+
+def test_keys_and_values_in_16_bits_change_logits_by_their_rounding(config=GQA):
+    params, tokens = make(config, dtype=np.float64), sample(config, batch=3)
+    exact = cached(config, params, tokens, [13, 13, 13])
+    error = cached(config, params, tokens, [13, 13, 13], jnp.bfloat16) - exact
+    assert 1e-5 < np.sqrt(np.mean(error**2) / np.var(exact)) < 2**-8
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -289,7 +289,7 @@ def finetune(directory: Directory, out: Path,
 
 def generate_(model: Model, prompts: Annotated[tuple[str, ...], tyro.conf.Positional], tokens: int = 64,
               temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, held: generate.Held | None = None,
-              compare: bool = False) -> None:
+              cache: generate.Kept | None = None, compare: bool = False) -> None:
     """Continue prompts; then say how fast, and with how much memory. Compressed weights are never dense.
 
     One prompt is shown as its text comes, several when all are done. No chat template is put around them.
@@ -304,17 +304,18 @@ def generate_(model: Model, prompts: Annotated[tuple[str, ...], tyro.conf.Positi
         held: how compressed layers lie in memory: bytes, fastest, 8 bits a weight where a layer is one of integers (one
             level; E8P at 2 bits) and packed where not; packed, as the file has them; dense. Left out: bytes, if they
             take at most half of what is free.
+        cache: type of keys and values. Left out: float32 on a CPU, elsewhere bfloat16, half as large.
         compare: do it again with all weights put together as dense matrices, in a process of its own.
     """
     keep_programs()
     sampling, unsaid = generate.Sampling(tokens, temperature, top_p, seed), iter(prompts)
     single = lambda _, text: print(next(unsaid, "") + text, end="", flush=True)
-    packed = generate.run(model, prompts, sampling, held, single if len(prompts) == 1 else lambda *_: None)
+    packed = generate.run(model, prompts, sampling, held, cache, single if len(prompts) == 1 else lambda *_: None)
     print() if len(prompts) == 1 else print(*map("".join, zip(prompts, packed.texts, strict=True)), sep="\n\n")
     print(f"\nthis model  {figures(packed)}")
     if compare:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)  # for that process
-        dense = generate.run_apart(model, prompts, sampling)
+        dense = generate.run_apart(model, prompts, sampling, kept=cache)
         pairs = [pair for rows in zip(packed.tokens, dense.tokens, strict=True) for pair in zip(*rows, strict=False)]
         print(f"dense       {figures(dense)}\nlayers take {dense.layer_bytes / packed.layer_bytes:.2f} times the "
               f"memory when dense, all weights {dense.weight_bytes / packed.weight_bytes:.2f} times; "

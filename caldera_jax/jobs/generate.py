@@ -32,6 +32,7 @@ from caldera_jax.models.llama import LlamaConfig, Params
 ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<eos>", "<end_of_turn>",
         "<|end|>")
 Held = Literal["packed", "bytes", "dense"]  # how weights lie in memory
+Kept = Literal["float32", "bfloat16"]  # how keys and values do
 ROUND = 32  # prompts and caches are as long as a multiple of this: few shapes, so few compilations
 
 
@@ -86,10 +87,12 @@ def sample(key: PRNGKeyArray | UInt32[Array, "2"], logits: Float[Array, "b v"], 
 
 
 def stream(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
-           sampling: Sampling = Sampling(), ends: Collection[int] = ()) -> Iterator[Int32[np.ndarray, " b"]]:
+           sampling: Sampling = Sampling(), ends: Collection[int] = (), kept: Kept | None = None
+           ) -> Iterator[Int32[np.ndarray, " b"]]:
     """The next tokens of the prompts, one of each a step: [b], -1 where a sequence has ended.
 
     A sequence ends before a token of ``ends``, after ``sampling.tokens`` tokens, or where it is as long as the context.
+    ``kept``: the type of keys and values; None: float32 on a CPU, else bfloat16, half as large.
     With temperature 0 each gets the tokens that it gets alone.  The t-th tokens are drawn with fold_in(seed, t): more
     tokens begin with the same ones (sums over a longer cache may round otherwise).
 
@@ -110,13 +113,20 @@ def stream(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] 
                              f"{config.context}: shorten it to {config.context - 1} or fewer")
         if prompt.min() < 0 or prompt.max() >= config.vocab:
             raise ValueError(f"a prompt has tokens outside the vocabulary of {config.vocab}: is it another model's?")
-    return _steps(config, place(params), tokens, sampling, list(ends))
+    return _steps(config, place(params), tokens, sampling, list(ends), _type(params, kept))
+
+
+def _type(params, kept):
+    """Of keys and values; wider ones where weights are in double precision."""
+    kept = kept or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.promote_types(params["embed"].dtype, jnp.float32) if kept == "float32" else jnp.dtype(kept)
 
 
 def complete(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
-             sampling: Sampling = Sampling(), ends: Collection[int] = ()) -> list[Int32[np.ndarray, " _"]]:
+             sampling: Sampling = Sampling(), ends: Collection[int] = (), kept: Kept | None = None
+             ) -> list[Int32[np.ndarray, " _"]]:
     """All tokens that ``stream`` gives each prompt; raises as it does."""
-    steps = [np.full(len(prompts), -1, np.int32), *stream(config, params, prompts, sampling, ends)]
+    steps = [np.full(len(prompts), -1, np.int32), *stream(config, params, prompts, sampling, ends, kept)]
     return [row[row >= 0] for row in np.stack(steps, axis=1)]
 
 
@@ -136,7 +146,7 @@ def place(params: Params, held: Held = "packed") -> Params:
     return jax.device_put(rest) | {"blocks": [{name: of[i] for name, of in layers.items()} for i in range(len(blocks))]}
 
 
-def _steps(config, params, prompts, sampling, ends):
+def _steps(config, params, prompts, sampling, ends, dtype):
     """One loop for all steps: the first takes the prompts, each later one the tokens before it."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     room = config.context - lengths
@@ -145,7 +155,7 @@ def _steps(config, params, prompts, sampling, ends):
         row[:len(prompt)] = prompt
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     last, key = weights.rest(params), jax.random.key(sampling.seed)
-    capacity, dtype = _capacity(config, lengths, sampling), np.promote_types(last["embed"].dtype, np.float32)
+    capacity = _capacity(config, lengths, sampling)
     caches = [llama.empty_cache(config, len(prompts), capacity, dtype) for _ in params["blocks"]]
     ended = np.zeros(len(prompts), bool)
     for i in range(min(sampling.tokens, int(room.max()))):
@@ -275,12 +285,12 @@ def load(source: str | Path) -> Model:
 
 
 def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), held: Held | None = None,
-        show: Callable[[int, str], None] = lambda row, text: None) -> Result:
+        kept: Kept | None = None, show: Callable[[int, str], None] = lambda row, text: None) -> Result:
     """Continue the prompts with a model from the disk, and measure it; ``show(row, text)`` is called as text comes.
 
     A prompt begins with the token that the model's tokenizer puts first, once (``tokenizer.prompt``).  ``held``: how
-    the weights lie in memory (``place``); None: in bytes where these take at most half of what is free.  Memory is
-    that of this process: measure one model a process.
+    the weights lie in memory (``place``); None: in bytes where these take at most half of what is free.  ``kept``: as
+    in ``stream``.  Memory is that of this process: measure one model a process.
     Raises ValueError for empty prompts, as ``stream``, and as ``load``.
     """
     if not all(prompts):
@@ -296,7 +306,7 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
         ids = [tokenizer.prompt(model.tokenizer, prompt) for prompt in prompts]
         for row in ids:
             tokenizer.check(model.tokenizer, row, config.vocab)
-        steps = stream(config, params, ids, sampling, end_tokens(model))
+        steps = stream(config, params, ids, sampling, end_tokens(model), kept)
     texts, tokens, said = [Text(model.tokenizer, row) for row in ids], [[] for _ in ids], [""] * len(ids)
 
     def tell(row, text):
@@ -320,13 +330,13 @@ def run(source: str | Path, prompts: Sequence[str], sampling: Sampling = Samplin
     bytewise = sum(map(linear.bytewise, layers))
     return Result(
         said, tokens, sum(map(len, ids)), len(layers), bytewise, sum(leaf.nbytes for leaf in jax.tree.leaves(layers)),
-        artifact.model_bytes(params), 4 * slots * config.kv_heads * config.head_dim, start,
+        artifact.model_bytes(params), _type(params, kept).itemsize * slots * config.kv_heads * config.head_dim, start,
         max(int(stage["peak_memory_bytes"]) for stage in clock.stages.values()), clock.stages,
         ends[-1] - ends[1] if len(ends) > 2 else 0.0)
 
 
-def run_apart(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), held: Held = "dense"
-              ) -> Result:
+def run_apart(source: str | Path, prompts: Sequence[str], sampling: Sampling = Sampling(), held: Held = "dense",
+              kept: Kept | None = None) -> Result:
     """``run`` in a process of its own, so that the memory is that of this model alone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(run, source, prompts, sampling, held).result()
+        return pool.submit(run, source, prompts, sampling, held, kept).result()

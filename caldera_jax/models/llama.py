@@ -428,7 +428,8 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: LlamaConfig, batch: int, capacity: int, dtype=jnp.float32) -> Cache:
-    """A block's Cache for sequences of at most ``capacity`` tokens: 2 · b · c · g · e numbers."""
+    """A block's Cache for sequences of at most ``capacity`` tokens: 2 · b · c · g · e numbers, which ``cached_block``
+    rounds to this type."""
     return Cache(*jnp.zeros((2, batch, capacity, config.kv_heads, config.head_dim), dtype))
 
 
@@ -443,9 +444,10 @@ def cached_block(
     h = _normed(config, params, "attn_norm", x)
     q, k, v = _heads(config, params, h, positions)
     rows = jnp.arange(len(x))[:, None]
-    cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
+    cache = Cache(*(of.at[rows, positions].set(new.astype(of.dtype)) for of, new in zip(cache, (k, v), strict=True)))
     slots = jnp.arange(cache.k.shape[1], dtype=positions.dtype)
-    return _after(config, params, x, h, attention(config, q, cache.k, cache.v, positions, slots))[0], cache
+    mixed = attention(config, q, *(of.astype(q.dtype) for of in cache), positions, slots)
+    return _after(config, params, x, h, mixed)[0], cache
 
 
 def head(config: LlamaConfig, params: Params, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
