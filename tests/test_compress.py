@@ -665,3 +665,5 @@ def test_the_memory_of_a_run_counts_streams_of_calibration_those_of_a_group_of_v
     assert long - short > 8 * min(config.heads * 8192**2, llama.NUMBERS) - 10**8  # two numbers a score
     words = dataclasses.replace(config, vocab=10**5)
     assert memory_need(words, (0, 1), (8, 600)).each - memory_need(words, (0, 1), (8, 500)).each > 10**8  # logits
+    table = 10**5 * config.dim  # brought to the level it takes 36 bytes a weight in all
+    assert memory_need(words, (0, 1), (8, 2), tables=True).each >= 10**9 + (16 + 36) * table

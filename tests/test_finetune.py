@@ -45,6 +45,17 @@ def settings(place, train=QUICK, windows=22, aside=6):
     return FinetuneConfig(str(place / "compressed"), train, Tokens(str(place / "text.txt"), windows, 32), aside)
 
 
+def test_of_several_texts_the_windows_take_turns_so_that_each_is_trained_on_and_validated_on(place):
+    more = tiny.write_text(place / "more.txt", 200)
+    config = settings(place)
+    config = dataclasses.replace(config, text=Tokens(f"{config.text.text}+{more}", 6, 32), aside=2)
+    model, run = artifact.load(config.source), artifact.read_manifest(place / "compressed")["run"]["config"]
+    found = finetune.read(config, model, run)[0].tokens
+    each = [finetune.read(dataclasses.replace(config, text=Tokens(text, 6, 32)), model, run)[0].tokens
+            for text in config.text.text.split("+")]
+    np.testing.assert_array_equal(found, np.stack(each, axis=1).reshape(12, 32))
+
+
 # ---- what is trained
 
 

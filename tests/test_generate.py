@@ -200,7 +200,8 @@ def test_weights_are_in_bytes_where_they_fit_in_half_of_what_is_free(on_disk, mo
 
 
 @pytest.mark.parametrize(("backend", "kept", "dtype"), [
-    ("cpu", None, "float32"), ("gpu", None, "bfloat16"), ("tpu", "float32", "float32"), ("cpu", "bfloat16", "bfloat16")])
+    ("cpu", None, "float32"), ("gpu", None, "bfloat16"), ("tpu", "float32", "float32"),
+    ("cpu", "bfloat16", "bfloat16")])
 def test_keys_and_values_take_16_bits_where_it_is_asked_for_and_on_accelerators(
         backend, kept, dtype, monkeypatch):
     made, empty_cache = [], generate.llama.empty_cache

@@ -106,6 +106,22 @@ def test_apply_follows_the_dtype_of_x_and_takes_plain_weights():
             np.testing.assert_allclose(y.astype(jnp.float64), x @ np.asarray(wanted, np.float64).T, atol=tolerance)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 64, 65])
+def test_a_weight_in_16_bits_multiplies_few_rows_as_exactly_as_many_and_so_do_its_gradients(rows):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((70, 300)), jnp.bfloat16)
+    x = jnp.asarray(np.exp(3 * rng.standard_normal((rows, 300))) * rng.choice([-1, 1], (rows, 300)), jnp.float32)
+    exact = np.float64(x) @ np.asarray(w, np.float64).T
+    size = np.abs(np.float64(x)) @ np.abs(np.asarray(w, np.float64)).T
+    assert (np.abs(np.asarray(APPLY(w, x)) - exact) < 3e-6 * size).all()
+    x = jnp.asarray(rng.standard_normal((rows, 300)), jnp.float32)
+    pulled, direct = (jax.vjp(lambda x, w, by=by: jnp.sin(by(w, x) / 10), x, w)[1](jnp.ones((rows, 70), jnp.float32))
+                      for by in (cj.apply, lambda w, x: x @ w.astype(jnp.float32).T))
+    for ours, theirs, rounding in zip(pulled, direct, (1e-4, 2e-2), strict=True):  # that of W is in bfloat16
+        theirs = np.float32(theirs)
+        np.testing.assert_allclose(np.float32(ours), theirs, rtol=rounding, atol=rounding * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("weight", [np.ones((M, N)), "compressed"])
 def test_apply_says_what_is_wrong_with_the_shape_of_x(weight):
     weight = _random(VARIANTS["8 bits"])[0] if isinstance(weight, str) else jnp.asarray(weight)

@@ -115,7 +115,8 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         evaluation=override(base.evaluation, **tokens("evaluation")))
     windows = lambda of: (of.windows * len(data.named(of.text)), of.window)
     calibrated = windows(config.calibration) if config.hessians is None else (0, 1)
-    if start(workers, lambda: memory_need(convert.load(model).config, calibrated, windows(config.evaluation))):
+    if start(workers, lambda: memory_need(convert.load(model).config, calibrated, windows(config.evaluation),
+                                          tables=config.tables == "level")):
         return
     if megabytes is not None:
         config = dataclasses.replace(config, bits=8e6 * megabytes / weights(config, convert.load(model).config))

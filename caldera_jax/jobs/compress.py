@@ -252,13 +252,14 @@ class Need(NamedTuple):
 
 
 def memory_need(config: llama.LlamaConfig, calibrated: tuple[int, int], evaluated: tuple[int, int],
-                models: int = 2) -> Need:
-    """Of a run over (windows, tokens of each) of both kinds, evaluating so many models at a time.
+                models: int = 2, tables: bool = False) -> Need:
+    """Of a run over (windows, tokens of each) of both kinds, evaluating so many models at a time; ``tables``: with
+    embedding and head brought to the level.
 
     Of each process: JAX and its programs, embeddings and heads, and the most of: a block, and what the layer with the
     most inputs works with; a block, the Moments of its inputs and a forward pass of a batch; a block, its gradients,
     their squares and a backward pass of a window, and the streams of CHUNK tokens that enter every block; the logits
-    of a window.  Together: the residual streams.
+    of a window; what a table at the level works with (measured).  Together: the residual streams.
     """
     inputs = llama.input_sizes(config).values()
     block, window, width = llama.block_weights(config), max(calibrated[1], evaluated[1]), config.ffn_dim + config.dim
@@ -270,7 +271,8 @@ def memory_need(config: llama.LlamaConfig, calibrated: tuple[int, int], evaluate
     backward = (5 * block + config.layers * max(calibration.CHUNK, window) * config.dim + 3 * scores(window)
                 + 6 * window * width)
     logits = 4 * min(window * config.vocab, llama.NUMBERS)
-    each = 10**9 + 4 * (4 * config.vocab * config.dim + max(layer, forward, backward, logits))
+    levelled = 9 * config.vocab * config.dim * tables
+    each = 10**9 + 4 * (4 * config.vocab * config.dim + max(layer, forward, backward, logits, levelled))
     held = min(evaluated[0], evaluate.group(config, evaluated[1], models))
     return Need(each, 4 * config.dim * max(math.prod(calibrated), models * held * evaluated[1]))
 

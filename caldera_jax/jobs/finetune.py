@@ -30,10 +30,10 @@ from caldera_jax.models.data import Tokens
 class FinetuneConfig:
     """A training of a compressed model on a text.
 
-    source: its directory.  text: windows of a built-in text, a file or a directory, of which the last ``aside`` are for
-    validation, each behind BOS if those of the source's run were; where it is the text that the model is evaluated on,
-    from the part that is not.  With goal "labels" a file of JSON lines {"text": …, "label": …}, of which all are taken
-    that fit the window.
+    source: its directory.  text: windows of a built-in text, a file or a directory, or of each of several in turn, of
+    which the last ``aside`` are for validation, each behind BOS if those of the source's run were; where it is the text
+    that the model is evaluated on, from the part that is not.  With goal "labels" a file of JSON lines
+    {"text": …, "label": …}, of which all are taken that fit the window.
     """
 
     source: str
@@ -103,7 +103,7 @@ def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Bat
                              "give more, or put fewer aside")
         enough(config.train, len(batch.tokens) - config.aside)
         return batch, classes
-    enough(config.train, text.windows - config.aside)
+    enough(config.train, text.windows * len(data.named(text.text)) - config.aside)
     if text.window < 2:
         raise ValueError("windows of 1 token: the next one is to be learned: give 2 or more")
     theirs = run["evaluation"]["text"]
@@ -112,7 +112,8 @@ def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Bat
            for name in data.named(text.text)):
         raise ValueError(f"the model is evaluated on all of {theirs}, as it was calibrated on another text: train on "
                          "another one")
-    return Batch(data.windows_beside(model, text, run["evaluation"]["text"], "calibration", run.get("bos", False))), []
+    tokens = data.windows_beside(model, text, run["evaluation"]["text"], "calibration", run.get("bos", False))
+    return Batch(tokens.reshape(-1, *tokens[:text.windows].shape).swapaxes(0, 1).reshape(tokens.shape)), []
 
 
 def labelled(model: Model, path: Path, window: int, first: Sequence[int] = ()) -> tuple[Batch, list[str]]:
