@@ -145,14 +145,17 @@ def encode(integers: Int[np.ndarray, "m n"], row: Int[np.ndarray, " m"], column:
 
 def decode(stream: Stream, row: Int[np.ndarray, " m"], column: Int[np.ndarray, " n"],
            states: int) -> Int[np.ndarray, "m n"]:
-    """What ``encode`` was given.  ValueError where a stream does not end as it began: damaged, or of other classes."""
+    """What ``encode`` was given, in 16 bits, or in 32 where one needs more.
+
+    ValueError where a stream does not end as it began: damaged, or of other classes.
+    """
     return decode_all([stream], [row], [column], states)[0]
 
 
 def decode_all(streams: Sequence[Stream], rows: Sequence[Int[np.ndarray, " _"]],
                columns: Sequence[Int[np.ndarray, " _"]], states: int) -> list[Int[np.ndarray, "_ _"]]:
     """Several at once: the lanes of all side by side.  Raises as ``decode``, whichever is damaged."""
-    tall = min(SEQUENCE, max(map(len, rows), default=0))  # what is not there is not read, and lists are short
+    tall = min(SEQUENCE, max(map(len, rows)))  # no lane is taller than the tallest matrix, and lists are short
     shapes = [lanes(len(row), len(column)) for row, column in zip(rows, columns, strict=True)]
     below = lambda a, length: np.pad(a, (0, -len(a) % length), constant_values=DEAD).reshape(-1, length)
     of_row, of_column = (np.ascontiguousarray(np.concatenate(each).T, np.int32) for each in (

@@ -206,8 +206,11 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
 
 @jax.custom_jvp
 def _in_pieces(x, w):
-    """x Wᵀ in float32 for W in bfloat16, as close as after widening W, which takes XLA on a CPU ten times as long as
-    all else for few rows: x is the sum of three in bfloat16, and so W is read as it is."""
+    """x Wᵀ in float32 for W in bfloat16 and x that bfloat16 can hold, as close as after widening W.
+
+    For few rows XLA on a CPU spends ten times as long on widening W as on the product.  So x is split into three
+    numbers of bfloat16 each, and W is read as it is.
+    """
     pieces, rest = [], x
     for _ in range(3):
         pieces.append(rest.astype(w.dtype))
@@ -256,10 +259,10 @@ def in_bytes(weight: Array | np.ndarray | CompressedLinear) -> Array | np.ndarra
         a, b = np.full(m, scale.item() / 4, scale.dtype), np.ones(n, scale.dtype)
     else:
         return weight
-    most = np.maximum(z.max(axis=0, initial=0).astype(np.int32), -z.min(axis=0, initial=0).astype(np.int32))
-    again = np.repeat(np.arange(z.shape[1]), np.maximum(most - 1, 0) // 127)
-    if len(again) > z.shape[1]:
+    most = np.maximum(z.max(axis=0, initial=0).astype(int), -z.min(axis=0, initial=0).astype(int))
+    if (copies := np.maximum(most - 1, 0) // 127).sum() > z.shape[1]:
         return weight
+    again = np.repeat(np.arange(z.shape[1]), copies)
     first = np.clip(z, -127, 127).astype(np.int8)
     rest = z[:, again].astype(np.int32) - first[:, again]
     beyond = 127 * (np.arange(len(again)) - np.searchsorted(again, again))  # what the copies before hold

@@ -136,7 +136,7 @@ def _llama_cpp():
 
 
 def forward(config: llama.LlamaConfig, params: llama.Params, ids: list[int]) -> np.ndarray:
-    """Logits at every place, by one program for all blocks and lengths that are alike: what pads is behind."""
+    """Logits at every place; padded on the right, so that like lengths share one compiled block."""
     tokens = np.pad(ids, (0, -len(ids) % generate.ROUND))
     x = llama.embed(config, params, tokens[None])
     for index, weights in enumerate(params["blocks"]):
@@ -148,8 +148,8 @@ block = jax.jit(llama.block, static_argnums=0)
 
 
 def compared(llama_cpp, model: convert.Model, dtype: str, adapter: bool = False, own: bool = False) -> dict[str, Any]:
-    """Tokens and next-token probabilities of every text, and greedy tokens behind it, by either program; ``own``: of
-    llama.cpp's own Q8_0 of a model."""
+    """Tokens and next-token probabilities of every text, and greedy tokens behind it, by either program; ``own``:
+    llama.cpp makes the Q8_0 file from the float32 export."""
     placed, rows = generate.place(model.params), []
     with TemporaryDirectory() as folder:
         path, beside = Path(folder) / "model.gguf", Path(folder) / "adapter.gguf"
@@ -158,7 +158,7 @@ def compared(llama_cpp, model: convert.Model, dtype: str, adapter: bool = False,
             asked, exported = llama_cpp.llama_model_quantize_default_params(), path
             asked.ftype, path = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, Path(folder) / "own.gguf"
             if llama_cpp.llama_model_quantize(str(exported).encode(), str(path).encode(), asked):
-                raise SystemExit("llama.cpp could not write Q8_0")
+                raise SystemExit(f"llama.cpp could not write {path.name} as Q8_0 from {exported.name} of {model.name}")
         # Keys and values in float32; token by token, as llama.cpp's AMX product of several rows of Q8_0 crashes on some
         # machines, with any file.
         theirs = llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, type_k=0, type_v=0, n_batch=1, n_ubatch=1,
@@ -172,7 +172,8 @@ def compared(llama_cpp, model: convert.Model, dtype: str, adapter: bool = False,
             logs = [np.asarray(jax.nn.log_softmax(jnp.asarray(one, jnp.float32)))
                     for one in (logits, theirs.scores[:len(ids)])]
             ours, others = map(np.exp, logs)
-            [greedy], behind = generate.complete(model.config, placed, [ids], generate.Sampling(GREEDY)), []
+            behind, asked = [], generate.Sampling(GREEDY)
+            [greedy] = generate.complete(model.config, placed, [ids], asked, kept="float32")
             for _ in greedy:
                 behind.append(int(np.argmax(theirs.scores[theirs.n_tokens - 1])))
                 theirs.eval(behind[-1:])

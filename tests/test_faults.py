@@ -120,6 +120,8 @@ TEXT = ["--text", "text.txt", "--windows", "22", "--window", "32", "--aside", "6
     (["finetune", "compressed", "--out", "new", *TEXT, "--text", "empty.txt"], "empty.txt: the file is empty"),
     (["finetune", "compressed", "--out", "new", *TEXT, "--window", "65"], "windows of 65 tokens exceed"),
     (["finetune", "compressed", "--out", "new", *TEXT, "--aside", "22"], "22 of 22 windows for validation"),
+    (["finetune", "compressed", "--out", "new", "--text", "enwiki+python", "--windows", "4", "--aside", "8"],
+     "8 of 8 windows for validation"),
     (["finetune", "compressed", "--out", "compressed", *TEXT], "compressed is the model that is to be trained"),
     (["finetune", "compressed", "--out", "model", *TEXT], "model exists and holds something else"),
     (["finetune", "compressed", "--out", "new", *TEXT, "--preset", "rte", "--text", "few.txt"],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_llama import CONFIGS, every_config, forward, make
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from caldera_jax import codebooks, linear, packing
+from caldera_jax import codebooks, kernels, linear, packing
 from caldera_jax.jobs import artifact, generate, spread
 from caldera_jax.jobs.generate import Sampling, Text
 from caldera_jax.models import convert, files, llama, weights
@@ -209,6 +209,21 @@ def test_keys_and_values_take_16_bits_where_it_is_asked_for_and_on_accelerators(
     monkeypatch.setattr(generate.llama, "empty_cache", lambda *shape: made.append(empty_cache(*shape)) or made[-1])
     generate.complete(GQA, make(GQA), [[3, 1, 4]], Sampling(2), kept=kept)
     assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype(dtype)}
+
+
+def test_other_types_of_keys_and_values_are_refused(params):
+    with pytest.raises(ValueError, match="float32 or bfloat16, got 'int8'"):
+        generate._type(params, "int8")
+
+
+def test_the_threads_that_read_blocks_work_in_the_precision_and_with_the_kernels_of_their_caller(tmp_path, monkeypatch):
+    modes, take = [], linear.in_bytes
+    monkeypatch.setattr(generate.linear, "in_bytes", lambda weight: modes.append(kernels.mode()) or take(weight))
+    for x64 in (True, False):
+        with jax.enable_x64(x64), kernels.use("jax"):
+            placed = generate.place({"embed": np.ones((4, 4)), "blocks": [{"q": np.ones((4, 4))}] * 3}, "bytes")
+        assert {leaf.dtype for leaf in jax.tree.leaves(placed)} == {np.dtype(np.float64 if x64 else np.float32)}
+    assert set(modes) == {"jax"}
 
 
 def test_packed_weights_stay_packed_on_the_device(packed):

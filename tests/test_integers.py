@@ -124,5 +124,6 @@ def test_what_is_not_of_integers_or_would_take_more_than_two_bytes_stays_as_it_i
     w, h = problem(16, 24)
     four, _ = compress_matrix(jax.random.key(0), w, h, CalderaConfig(rank=0, q_bits=4, outer_iterations=1))
     fine = levelled(12, 4, 3000)
-    for weight in (w, four, fine):
+    lowest = np.full(fine.shape, -(2**31), np.int32)
+    for weight in (w, four, fine, dataclasses.replace(fine, q=fine.q._replace(integers=lowest))):
         assert linear.in_bytes(weight) is weight

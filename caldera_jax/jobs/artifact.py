@@ -482,7 +482,7 @@ def _weight(path: Path, name: str, metas: dict[str, Any]) -> np.ndarray | Compre
         raise ValueError(f"{path}: {name}: {error}: restore the file or compress the model again") from error
 
 
-@lru_cache(maxsize=2)  # two threads read (``generate.place``)
+@lru_cache(maxsize=3)  # two threads read (``generate.place``), and one may be ahead
 def _levelled(path: Path, changed: int, metas: str) -> dict[str, CompressedLinear]:
     """A block's layers of free rate, read together, as few lanes take as long as many; the last blocks' are kept."""
     chosen = {name: meta for name, meta in json.loads(metas).items() if "states" in (meta["grids"][0] or {})}

@@ -63,7 +63,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         bits: budget: bits a weight that the compressed layers may store, everything counted. Each weight gets a rate of
             its own, all at one level that meets the budget. With --quantizer rates are fixed instead, and --rank,
             --q-bits and --factor-bits of every layer are chosen (with --preset paper add --downdate False).
-        megabytes: the same budget in 10^6 bytes of all compressed layers together.
+        megabytes: the same budget in 10^6 bytes of all that --counted names together.
         level: the level itself, instead of a budget: the loss in nats goes with its square.
         rank: k of L R in every layer; 0 for Q alone, which is what --bits, --megabytes and --level take by themselves.
         q_bits: bits of Q: 2, 3 or 4 on the lattice, more on other grids; 0 for L R alone.
@@ -305,7 +305,8 @@ def generate_(model: Model, prompts: Annotated[tuple[str, ...], tyro.conf.Positi
         held: how compressed layers lie in memory: bytes, fastest, 8 bits a weight where a layer is one of integers (one
             level; E8P at 2 bits) and packed where not; packed, as the file has them; dense. Left out: bytes, if they
             take at most half of what is free.
-        cache: type of keys and values. Left out: float32 on a CPU, elsewhere bfloat16, half as large.
+        cache: type of keys and values: float32, or bfloat16, half as large and rounded to 8 bits. Left out: float32 on
+            a CPU, elsewhere bfloat16.
         compare: do it again with all weights put together as dense matrices, in a process of its own.
     """
     keep_programs()

@@ -271,7 +271,7 @@ def memory_need(config: llama.LlamaConfig, calibrated: tuple[int, int], evaluate
     backward = (5 * block + config.layers * max(calibration.CHUNK, window) * config.dim + 3 * scores(window)
                 + 6 * window * width)
     logits = 4 * min(window * config.vocab, llama.NUMBERS)
-    levelled = 9 * config.vocab * config.dim * tables
+    levelled = 9 * config.vocab * config.dim * tables  # 36 bytes a weight
     each = 10**9 + 4 * (4 * config.vocab * config.dim + max(layer, forward, backward, logits, levelled))
     held = min(evaluated[0], evaluate.group(config, evaluated[1], models))
     return Need(each, 4 * config.dim * max(math.prod(calibrated), models * held * evaluated[1]))

@@ -30,10 +30,10 @@ from caldera_jax.models.data import Tokens
 class FinetuneConfig:
     """A training of a compressed model on a text.
 
-    source: its directory.  text: windows of a built-in text, a file or a directory, or of each of several in turn, of
-    which the last ``aside`` are for validation, each behind BOS if those of the source's run were; where it is the text
-    that the model is evaluated on, from the part that is not.  With goal "labels" a file of JSON lines
-    {"text": …, "label": …}, of which all are taken that fit the window.
+    source: its directory.  text: windows of a built-in text, a file or a directory, or of each of several in turn; the
+    last ``aside`` of all are for validation.  Each is behind BOS if those of the source's run were.  Where it is the
+    text that the model is evaluated on, they are from the part that is not.  With goal "labels" it is a file of JSON
+    lines {"text": …, "label": …}, of which all are taken that fit the window.
     """
 
     source: str
@@ -42,9 +42,13 @@ class FinetuneConfig:
     aside: int = 64
 
     def __post_init__(self):
-        if not 0 < self.aside or (self.train.goal != "labels" and self.aside >= self.text.windows):
-            raise ValueError(f"{self.aside} of {self.text.windows} windows for validation: at least 1, and fewer than "
-                             "all")
+        if not 0 < self.aside or (self.train.goal != "labels" and self.aside >= self.windows):
+            raise ValueError(f"{self.aside} of {self.windows} windows for validation: at least 1, and fewer than all")
+
+    @property
+    def windows(self) -> int:
+        """Of all texts."""
+        return self.text.windows * len(data.named(self.text.text))
 
 
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
@@ -90,7 +94,8 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
 
 
 def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Batch, list[str]]:
-    """Windows to train on and, after them, to validate on; and the names of the classes."""
+    """Windows to train on and, after them, to validate on, those of several texts in turn; and the names of the
+    classes."""
     text = config.text
     if text.window > model.config.context:
         raise ValueError(f"windows of {text.window} tokens exceed the model's context {model.config.context}: shorten "
@@ -103,7 +108,7 @@ def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Bat
                              "give more, or put fewer aside")
         enough(config.train, len(batch.tokens) - config.aside)
         return batch, classes
-    enough(config.train, text.windows * len(data.named(text.text)) - config.aside)
+    enough(config.train, config.windows - config.aside)
     if text.window < 2:
         raise ValueError("windows of 1 token: the next one is to be learned: give 2 or more")
     theirs = run["evaluation"]["text"]
@@ -113,7 +118,7 @@ def read(config: FinetuneConfig, model: Model, run: dict[str, Any]) -> tuple[Bat
         raise ValueError(f"the model is evaluated on all of {theirs}, as it was calibrated on another text: train on "
                          "another one")
     tokens = data.windows_beside(model, text, run["evaluation"]["text"], "calibration", run.get("bos", False))
-    return Batch(tokens.reshape(-1, *tokens[:text.windows].shape).swapaxes(0, 1).reshape(tokens.shape)), []
+    return Batch(np.stack(np.split(tokens, config.windows // text.windows), axis=1).reshape(tokens.shape)), []
 
 
 def labelled(model: Model, path: Path, window: int, first: Sequence[int] = ()) -> tuple[Batch, list[str]]:

@@ -9,11 +9,12 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def stream(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] 
     """The next tokens of the prompts, one of each a step: [b], -1 where a sequence has ended.
 
     A sequence ends before a token of ``ends``, after ``sampling.tokens`` tokens, or where it is as long as the context.
-    ``kept``: the type of keys and values; None: float32 on a CPU, else bfloat16, half as large.
+    ``kept``: the type of keys and values; None: on a CPU that of the embedding, at least float32, else bfloat16.
     With temperature 0 each gets the tokens that it gets alone.  The t-th tokens are drawn with fold_in(seed, t): more
     tokens begin with the same ones (sums over a longer cache may round otherwise).
 
@@ -113,13 +114,18 @@ def stream(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] 
                              f"{config.context}: shorten it to {config.context - 1} or fewer")
         if prompt.min() < 0 or prompt.max() >= config.vocab:
             raise ValueError(f"a prompt has tokens outside the vocabulary of {config.vocab}: is it another model's?")
-    return _steps(config, place(params), tokens, sampling, list(ends), _type(params, kept))
+    placed = place(params)
+    return _steps(config, placed, tokens, sampling, list(ends), _type(placed, kept))
 
 
 def _type(params, kept):
-    """Of keys and values; wider ones where weights are in double precision."""
-    kept = kept or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return jnp.promote_types(params["embed"].dtype, jnp.float32) if kept == "float32" else jnp.dtype(kept)
+    """Of keys and values."""
+    if kept is not None:
+        if kept not in get_args(Kept):
+            raise ValueError(f"keys and values are kept as {' or '.join(get_args(Kept))}, got {kept!r}")
+        return jnp.dtype(kept)
+    on_cpu = jax.default_backend() == "cpu"
+    return np.promote_types(params["embed"].dtype, np.float32) if on_cpu else jnp.dtype(jnp.bfloat16)
 
 
 def complete(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
@@ -131,16 +137,23 @@ def complete(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int
 
 
 def place(params: Params, held: Held = "packed") -> Params:
-    """The weights on the device, read block by block: packed ones as they are, dense, or in bytes (``linear.in_bytes``)
-    where they can be, those of one name alike in all blocks, so that one program runs them."""
+    """The weights on the device, read two blocks at a time: packed ones as they are, dense, or in bytes
+    (``linear.in_bytes``) where they can be, those of one name alike in all blocks, so that one program runs them."""
     change = {"packed": lambda w: w, "dense": linear.dense, "bytes": linear.in_bytes}[held]
 
     def take(weight):
         found = change(weight)
         return found if linear.bytewise(found) else jax.device_put(found)  # and what was read from the disk goes
 
-    with ThreadPoolExecutor(2) as pool:  # half of it waits for the disk, or for one thread that decodes
-        blocks = list(pool.map(lambda block: {name: take(weight) for name, weight in block.items()}, params["blocks"]))
+    x64, device = jax.config.jax_enable_x64, jax.config.jax_default_device  # a thread does not know its caller's
+
+    def read(block):
+        with jax.enable_x64(x64), jax.default_device(device):
+            return {name: take(weight) for name, weight in block.items()}
+
+    with ThreadPoolExecutor(2) as pool:  # decoding is one thread's work
+        tasks = [pool.submit(copy_context().run, read, block) for block in params["blocks"]]
+    blocks = [task.result() for task in tasks]
     layers = {name: jax.device_put(linear.alike([block[name] for block in blocks])) for name in blocks[0]}
     rest = {name: take(value) for name, value in weights.rest(params).items()}
     return jax.device_put(rest) | {"blocks": [{name: of[i] for name, of in layers.items()} for i in range(len(blocks))]}

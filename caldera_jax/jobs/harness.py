@@ -248,7 +248,7 @@ def greedy(config: LlamaConfig, params: Params, prompt: Sequence[int], count: in
     """Up to ``count`` likeliest tokens behind the prompt, one by one, until ``stopped(those so far)`` or before one of
     ``ends``."""
     new: list[int] = []
-    for step in generate.stream(config, params, [prompt], generate.Sampling(count), ends):
+    for step in generate.stream(config, params, [prompt], generate.Sampling(count), ends, "float32"):
         new.append(int(step[0]))
         if stopped(new):
             break

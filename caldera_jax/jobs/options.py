@@ -138,14 +138,14 @@ class Data:
     """Of finetune."""
 
     text: Str = None
-    """enwiki or python (built in; the part that no run is evaluated on), a text file, a .jsonl file or a directory;
-    with --goal labels a file of JSON lines {"text": …, "label": …}."""
+    """enwiki or python (built in; the part that no run is evaluated on), a text file, a .jsonl file, a directory, or
+    several joined by +; with --goal labels a file of JSON lines {"text": …, "label": …}."""
     windows: Int = None
-    """of text, those for validation included; with --goal labels all lines are taken."""
+    """of each text, those for validation included; with --goal labels all lines are taken."""
     window: Int = None
     """tokens a window."""
     aside: Int = None
-    """windows, the last, that are not trained on: the parameters of least loss on them are kept."""
+    """windows of all texts, the last, that are not trained on: the parameters of least loss on them are kept."""
 
 
 @dataclass(frozen=True)
