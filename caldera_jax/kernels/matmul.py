@@ -57,6 +57,7 @@ class Rows(NamedTuple):
     decode: Callable[..., Float[Array, "rows width"]]
 
 
+MANY = 256  # rows of x beside which a dense Q is small
 Part = Packed | Rows | Float[Array, "_ _"] | None  # packed, decoded already, or absent
 Parts = tuple[Part, Part, Part]  # rows of Q [m, n], of Lᵀ [k, m], of R [k, n]
 
@@ -126,15 +127,16 @@ def _by_rows(x, arrays, decode, wide, tiles):
     """x Wᵀ for W = decode(*arrays), rows for rows, summed and returned in the dtype ``wide``.
 
     On a CPU a tile of rows is decoded, one mebibyte or four in single precision, and multiplied while it is in the
-    cache; elsewhere a tile is as large as memory allows, as each step of the loop costs more than it saves.  A gradient
-    decodes it again.  Q takes two ``tiles`` at least: a loop of one step is no loop to XLA, which then decodes the
-    layers of a model side by side.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at
-    least, since its product with fewer columns takes twice as long.
+    cache; beside MANY rows of x all at once, as a product within a loop has one thread.  Elsewhere a tile is as large
+    as memory allows, as each step of the loop costs more than it saves.  A gradient decodes it again.  Q takes two
+    ``tiles`` at least beside few rows: a loop of one step is no loop to XLA, which then decodes the layers of a model
+    side by side.  W xᵀ and not x Wᵀ, for which XLA on a CPU transposes W; and eight rows of x at least, since its
+    product with fewer columns takes twice as long.
     """
     (b, n), rows = x.shape, len(arrays[0])
     columns = jnp.pad(x, ((0, max(8 - b, 0)), (0, 0))).T
-    bits = 26 if not _on_cpu() else 18 if b < 64 else 20
-    tile = -(-rows // max(-(-rows * n >> bits), tiles))
+    bits = 26 if b >= MANY or not _on_cpu() else 18 if b < 64 else 20
+    tile = -(-rows // max(-(-rows * n >> bits), 1 if b >= MANY else tiles))
     apart = tuple(_pad(array, tile, 1).reshape(-1, tile, array.shape[1]) for array in arrays)
     product = lambda tile: jnp.matmul(decode(*tile), columns, preferred_element_type=wide)
     y = lax.map(jax.checkpoint(product), apart)
