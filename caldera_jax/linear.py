@@ -178,10 +178,9 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
         raise ValueError(f"the weight is [{m}, {n}], so x needs a last axis of {n}; got shape {x.shape}")
     rows = x.reshape(-1, n)
     if not isinstance(weight, CompressedLinear):
-        w, few = jnp.asarray(weight), len(rows) <= 64 and x.dtype == jnp.float32 and jax.default_backend() == "cpu"
-        if few and w.dtype == jnp.bfloat16:
-            return _in_pieces(rows, w).reshape(*x.shape[:-1], m)
-        return (w.astype(x.dtype) @ rows.T).T.reshape(*x.shape[:-1], m)  # not x Wᵀ: for one row XLA transposes W first
+        w = jnp.asarray(weight)
+        in_pieces = len(rows) <= 64 and (x.dtype, w.dtype) == (jnp.float32, jnp.bfloat16) and kernels.on_cpu()
+        return (_in_pieces if in_pieces else _widened)(rows, w).reshape(*x.shape[:-1], m)
     sides, stages = weight.sides(x.dtype), tuple(_stages(grid) for grid in weight.grids)
     left_t, right = (weight.left_t if stages[1] else _left_t(weight),
                      weight.right if stages[2] else _decode(weight.grids[2], weight.right, n))
@@ -204,9 +203,14 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     return incoherence.backward(sides.left, y).reshape(*x.shape[:-1], m)
 
 
+def _widened(x, w):
+    """x Wᵀ, and not by x Wᵀ: for few rows of x XLA on a CPU transposes W first."""
+    return (w.astype(x.dtype) @ x.T).T
+
+
 @jax.custom_jvp
 def _in_pieces(x, w):
-    """x Wᵀ in float32 for W in bfloat16 and x that bfloat16 can hold, as close as after widening W.
+    """``_widened`` in float32 for W in bfloat16 and x in its range, as close.
 
     For few rows XLA on a CPU spends ten times as long on widening W as on the product.  So x is split into three
     numbers of bfloat16 each, and W is read as it is.
@@ -223,18 +227,17 @@ def _in_pieces(x, w):
 @_in_pieces.defjvp
 def _(primals, tangents):
     """A piece has no derivative, their sum has."""
-    product = lambda x, w: (w.astype(x.dtype) @ x.T).T
-    return _in_pieces(*primals), jax.jvp(product, primals, tangents)[1]
+    return _in_pieces(*primals), jax.jvp(_widened, primals, tangents)[1]
 
 
 def _by_bytes(x, q):
     """x Qᵀ: by products of integers on a CPU, elsewhere, and in double precision, as rows that are widened."""
-    on_cpu, q = jax.default_backend() == "cpu" and x.dtype.itemsize <= 4, Bytes(*map(jnp.asarray, q))
-    kind = jnp.dtype(jnp.float32) if on_cpu else x.dtype
+    by_integers, q = kernels.on_cpu() and x.dtype.itemsize <= 4, Bytes(*map(jnp.asarray, q))
+    kind = jnp.dtype(jnp.float32) if by_integers else x.dtype
     scaled = x.astype(kind) * q.b.astype(kind)[None]
     scaled = jnp.concatenate([scaled, scaled[:, q.again]], axis=1)
     z = Rows((q.integers,), lambda tile: tile)
-    y = integers.multiply(scaled, q.integers) if on_cpu else multiply(
+    y = integers.multiply(scaled, q.integers) if by_integers else multiply(
         scaled, (z, None, None), (None,) * 3, len(q.a))
     return (y * q.a.astype(kind)[None]).astype(x.dtype)
 

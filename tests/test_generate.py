@@ -216,7 +216,7 @@ def test_other_types_of_keys_and_values_are_refused(params):
         generate._type(params, "int8")
 
 
-def test_the_threads_that_read_blocks_work_in_the_precision_and_with_the_kernels_of_their_caller(tmp_path, monkeypatch):
+def test_the_threads_that_read_blocks_work_in_the_precision_and_with_the_kernels_of_their_caller(monkeypatch):
     modes, take = [], linear.in_bytes
     monkeypatch.setattr(generate.linear, "in_bytes", lambda weight: modes.append(kernels.mode()) or take(weight))
     for x64 in (True, False):

@@ -144,7 +144,7 @@ def test_the_large_tiles_of_an_accelerator_give_the_product_of_the_small_ones(bi
     (parts, stages), x = _layer(1100, 600, 3, bits), _gaussian(5, 600)
     run = lambda: jax.jit(partial(matmul.reference, stages=stages, m=1100)).lower(x, parts).compile()
     small = run()
-    monkeypatch.setattr(matmul, "_on_cpu", lambda: False)
+    monkeypatch.setattr(matmul, "on_cpu", lambda: False)
     jax.clear_caches()  # the codewords' call is traced anew
     large = run()
     assert large.as_text().count("while(") <= small.as_text().count("while(")

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt32
 from tokenizers import Tokenizer
 
-from caldera_jax import linear
+from caldera_jax import kernels, linear
 from caldera_jax.jobs import artifact, report, spread
 from caldera_jax.models import convert, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
@@ -124,8 +124,7 @@ def _type(params, kept):
         if kept not in get_args(Kept):
             raise ValueError(f"keys and values are kept as {' or '.join(get_args(Kept))}, got {kept!r}")
         return jnp.dtype(kept)
-    on_cpu = jax.default_backend() == "cpu"
-    return np.promote_types(params["embed"].dtype, np.float32) if on_cpu else jnp.dtype(jnp.bfloat16)
+    return np.promote_types(params["embed"].dtype, np.float32) if kernels.on_cpu() else jnp.dtype(jnp.bfloat16)
 
 
 def complete(config: LlamaConfig, params: Params, prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],

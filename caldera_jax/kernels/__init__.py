@@ -44,6 +44,11 @@ MODES = ("auto", "jax", "pallas")
 _chosen: ContextVar[str | None] = ContextVar("caldera_kernels", default=None)
 
 
+def on_cpu() -> bool:
+    """Whether this process computes on a CPU; asked when a function is traced, and right or wrong only for speed."""
+    return jax.default_backend() == "cpu"
+
+
 def mode() -> str:
     """The mode in force: that of the innermost ``use``, else CALDERA_KERNELS, else "auto"."""
     return _checked(_chosen.get() or os.environ.get("CALDERA_KERNELS") or "auto")

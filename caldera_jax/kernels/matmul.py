@@ -35,10 +35,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float, Int32, UInt
 
-from caldera_jax.kernels import compiler_params, dispatch, precision
+from caldera_jax.kernels import compiler_params, dispatch, on_cpu, precision
 from caldera_jax.kernels.e8p import LANES, codeword_words, entry, lookup_in, nibbles
 
 ZERO = np.int32(0)  # a bare 0 is an int64 where x64 is on, which Mosaic refuses as a block index
+MANY = 256  # rows of x beside which a dense Q is small
 Stages = tuple[float, ...]  # weights of the E8P codewords whose sum a code stands for: (1,) or (1, 1 / 3.45)
 
 
@@ -57,7 +58,6 @@ class Rows(NamedTuple):
     decode: Callable[..., Float[Array, "rows width"]]
 
 
-MANY = 256  # rows of x beside which a dense Q is small
 Part = Packed | Rows | Float[Array, "_ _"] | None  # packed, decoded already, or absent
 Parts = tuple[Part, Part, Part]  # rows of Q [m, n], of Lᵀ [k, m], of R [k, n]
 
@@ -135,17 +135,13 @@ def _by_rows(x, arrays, decode, wide, tiles):
     """
     (b, n), rows = x.shape, len(arrays[0])
     columns = jnp.pad(x, ((0, max(8 - b, 0)), (0, 0))).T
-    bits = 26 if b >= MANY or not _on_cpu() else 18 if b < 64 else 20
-    tile = -(-rows // max(-(-rows * n >> bits), 1 if b >= MANY else tiles))
+    many = b >= MANY
+    bits = 26 if many or not on_cpu() else 18 if b < 64 else 20
+    tile = -(-rows // max(-(-rows * n >> bits), 1 if many else tiles))
     apart = tuple(_pad(array, tile, 1).reshape(-1, tile, array.shape[1]) for array in arrays)
     product = lambda tile: jnp.matmul(decode(*tile), columns, preferred_element_type=wide)
     y = lax.map(jax.checkpoint(product), apart)
     return y.reshape(-1, columns.shape[1])[:rows, :b].T
-
-
-def _on_cpu() -> bool:
-    """Whether this process computes on a CPU; asked when a function is traced, and right or wrong only for speed."""
-    return jax.default_backend() == "cpu"
 
 
 def _bytes(part, stages, width):
@@ -163,7 +159,7 @@ def _apart(codes, stages, dtype):
     entries.
     """
     words = _stage_words(codes, len(stages))
-    words = set_xla_metadata(words, inlineable="false") if _on_cpu() else words
+    words = set_xla_metadata(words, inlineable="false") if on_cpu() else words
     weighted = lambda i: sum(jnp.asarray(weight, dtype) * entry(word, i).astype(dtype)
                              for weight, word in zip(stages, words, strict=True))
     return jnp.concatenate([weighted(i) for i in range(8)], axis=1)
