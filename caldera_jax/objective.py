@@ -12,6 +12,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 Matrix = np.ndarray | Array
+Spectral = tuple[np.ndarray, np.ndarray]  # ``np.linalg.eigh`` of H, for callers that need it more than once
 
 
 def proxy_loss(e: Float[Array, "m n"], h: Float[Array, "n n"]) -> Float[Array, ""]:
@@ -35,6 +36,16 @@ def relative_error(w: Float[Array | np.ndarray, "m n"], w_hat: Float[Array | np.
     return ratio(proxy_loss(w_hat - w, h), proxy_loss(w, h))
 
 
+def energies(a: Matrix, h: Matrix) -> Float[np.ndarray, " k"]:
+    """σᵢ²(A H^½), falling, min(m, n) of them; those beyond the k-th are the least loss of A less any L R of rank k.
+
+    Their differences from zero are lost below ε σ₁².  Host function, float64, O(m n (n + min(m, n))).
+    """
+    a, h = np.asarray(a, np.float64), np.asarray(h, np.float64)
+    a = np.linalg.qr(a, mode="r") if len(a) > len(h) else a
+    return np.clip(np.linalg.eigvalsh(a @ h @ a.T)[::-1], 0, None)
+
+
 def importance(raw: Float[np.ndarray, " m"], floor: float = 0.02, shrinkage: float = 0.1) -> Float[np.ndarray, " m"]:
     """g of a layer's outputs from noisy estimates: no less than ``floor`` of their mean, then drawn towards it.
 
@@ -49,12 +60,12 @@ def bits_per_weight(stored_bits: int, weights: int) -> float:
     return stored_bits / weights
 
 
-def rate_distortion_limit(relative: float, w: Matrix, h: Matrix, sources: str = "white") -> float:
+def rate_distortion_limit(relative: float, w: Matrix, h: Matrix | Spectral, sources: str = "white") -> float:
     """Least bits a weight at a relative error, for Gaussian weights: reverse water-filling over H's eigenvectors vᵢ.
 
     Σ ½ log2(sᵢ / θ)⁺ / n with Σ min(sᵢ, θ) = relative² tr(W H Wᵀ) / m.  ``sources``: "white", i.i.d. weights of
     W's mean square, sᵢ = λᵢ ‖W‖²_F / (m n); or "own", sᵢ = λᵢ ‖W vᵢ‖² / m, W's own energy along each vᵢ, which the
-    decoder is taken to know.  W [m, n] enters through nothing else.
+    decoder is taken to know.  W [m, n] enters through nothing else.  ``h``: H [n, n], or its ``np.linalg.eigh``.
     A reference and no bound: a real W is not Gaussian, and Gaussian is the hardest source of its variance.
     Host function, float64, O(n³).
     """
@@ -68,7 +79,7 @@ def rate_distortion_limit(relative: float, w: Matrix, h: Matrix, sources: str = 
         return float(np.sum(np.maximum(np.log2(variances) - np.log2(theta), 0)) / (2 * len(variances)))
 
 
-def rate_distortion_error(bits: float | Sequence[float], w: Matrix, h: Matrix,
+def rate_distortion_error(bits: float | Sequence[float], w: Matrix, h: Matrix | Spectral,
                           sources: str = "white") -> float | Float[np.ndarray, " bits"]:
     """The relative error at a number of bits a weight, or at each of several: the inverse of
     ``rate_distortion_limit``."""
@@ -83,18 +94,23 @@ def rate_distortion_error(bits: float | Sequence[float], w: Matrix, h: Matrix,
     return float(error) if np.ndim(bits) == 0 else error
 
 
-def rate_gap(bits: float, relative: float, w: Matrix, h: Matrix, sources: str = "white") -> float:
+def rate_gap(bits: float, relative: float, w: Matrix, h: Matrix | Spectral, sources: str = "white") -> float:
     """Bits a weight that a method pays above ``rate_distortion_limit`` at its own error."""
     return bits - rate_distortion_limit(relative, w, h, sources)
 
 
 def _variances(w, h, sources: str) -> tuple[np.ndarray, float]:
     """Variances of the Gaussian sources, ascending, and tr(W H Wᵀ) / m."""
-    w, (spectrum, vectors) = np.asarray(w, np.float64), np.linalg.eigh(np.asarray(h, np.float64))
+    w, (spectrum, vectors) = np.asarray(w, np.float64), _eigh(h)
     spectrum, along = np.clip(spectrum, 0, None), np.mean((w @ vectors) ** 2, axis=0)
     if sources not in ("white", "own"):
         raise ValueError(f"sources must be 'white' or 'own', got {sources!r}")
     return np.sort(spectrum * (along if sources == "own" else along.mean())), float(spectrum @ along)
+
+
+def _eigh(h: Matrix | Spectral) -> Spectral:
+    """Eigenvalues, ascending, and eigenvectors in columns."""
+    return h if isinstance(h, tuple) else np.linalg.eigh(np.asarray(h, np.float64))
 
 
 class Incoherence(NamedTuple):
@@ -110,7 +126,7 @@ def incoherence(w: Matrix, h: Matrix) -> Incoherence:
     Equal eigenvalues leave H's eigenvectors free, and then μ_H is that of the basis LAPACK returns (1 for H = I would
     need another basis).  W = 0 counts as 1.  Host function, float64, O(n³).
     """
-    w, vectors = np.asarray(w, np.float64), np.linalg.eigh(np.asarray(h, np.float64))[1]
+    w, vectors = np.asarray(w, np.float64), _eigh(h)[1]
     norm = np.linalg.norm(w)
     return Incoherence(float(np.abs(w).max() * np.sqrt(w.size) / norm) if norm else 1.0,
                        float(np.sqrt(len(vectors)) * np.abs(vectors).max()))
@@ -128,24 +144,24 @@ def feedback_trace(h: Matrix, block: int = 1) -> float:
     return float(sum(np.sum(root[i:i + block, i:i + block] ** 2) for i in range(0, len(h), block)))
 
 
-def ldlq_bound(h: Matrix, m: int, variance: float, block: int = 1, mu: float | None = None) -> float:
+def ldlq_bound(h: Matrix | Spectral, m: int, variance: float, block: int = 1, mu: float | None = None) -> float:
     """Block LDLQ: E tr(E H Eᵀ) <= g m μ² σ² / n · tr(H^½)² (QuIP# Theorem 4.1, arXiv 2402.04396; g = ``block``).
 
     ``variance``: the rounding error's covariance is at most σ² I.  ``mu``: μ_H, measured where it is None.  For an
     unbounded grid.  Below plain rounding's m σ² tr H only where g μ² tr(H^½)² < n tr H.  Host function, float64, O(n³).
     """
-    spectrum, vectors = np.linalg.eigh(np.asarray(h, np.float64))
-    mu = np.sqrt(len(h)) * np.abs(vectors).max() if mu is None else mu
-    return float(block * m * mu**2 * variance / len(h) * np.sqrt(np.clip(spectrum, 0, None)).sum() ** 2)
+    spectrum, vectors = _eigh(h)
+    mu = np.sqrt(len(vectors)) * np.abs(vectors).max() if mu is None else mu
+    return float(block * m * mu**2 * variance / len(vectors) * np.sqrt(np.clip(spectrum, 0, None)).sum() ** 2)
 
 
-def caldera_bound(h: Matrix, m: int, rank: int, bits: int, radius: float, factor_loss: float = 0.0) -> float:
+def caldera_bound(h: Matrix | Spectral, m: int, rank: int, bits: int, radius: float, factor_loss: float = 0.0) -> float:
     """CALDERA's printed bound on E tr(E H Eᵀ): m 4 n λ_max R² / (π (2^B − 1)²) · (1 − k/2m)² + m ε.
 
     Theorem 4.1 of arXiv 2405.18886, times m (the paper divides by m).  Q on a uniformly dithered grid of B ``bits`` on
     [−R, R], R = ``radius``; ε = ``factor_loss`` of quantizing L and R, per output; H undamped.  Where the closed form
     is loose and where it fails: ``theory/caldera_bound.py``.  Host function, float64, O(n³).
     """
-    top = np.linalg.eigvalsh(np.asarray(h, np.float64))[-1]
+    spectrum = h[0] if isinstance(h, tuple) else np.linalg.eigvalsh(np.asarray(h, np.float64))
     step = radius / (2**bits - 1)
-    return float(m * (4 * len(h) * top * step**2 / np.pi * (1 - rank / (2 * m)) ** 2 + factor_loss))
+    return float(m * (4 * len(spectrum) * spectrum[-1] * step**2 / np.pi * (1 - rank / (2 * m)) ** 2 + factor_loss))

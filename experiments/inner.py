@@ -14,6 +14,7 @@ from machinery import Experiment, Result, interval, layers
 from outer import Found, where
 
 from caldera_jax import CalderaConfig, compress_matrix
+from caldera_jax.objective import energies
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ def measure(config: Config) -> Result:
 
 def _floor(w: np.ndarray, h: np.ndarray, rank: int) -> float:
     """Least relative error of any L R of this rank (Lemma 4.2)."""
-    w, h = np.asarray(w, np.float64), np.asarray(h, np.float64)
-    energies = np.clip(np.linalg.eigvalsh(w @ h @ w.T)[::-1], 0, None)
-    return float(np.sqrt(energies[rank:].sum() / energies.sum()))
+    found = energies(w, h)
+    return float(np.sqrt(found[rank:].sum() / found.sum()))
 
 
 def excess(result: Result) -> np.ndarray:

@@ -16,6 +16,7 @@ from outer import Found, side, where
 
 from caldera_jax import CalderaConfig, compress_matrix
 from caldera_jax.models import llama
+from caldera_jax.objective import energies
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def measure(config: Config) -> Result:
     layer, trace = compress_matrix(jax.random.key(config.seed), np.float32(w), np.float32(h), config.caldera)
     q, left, right = (np.asarray(part, np.float64) for part in layer.rotated())
     values = lambda a: np.linalg.svd(a, compute_uv=False)
-    weigh = lambda a: np.sqrt(np.clip(np.linalg.eigvalsh(a @ h @ a.T)[::-1], 0, None))[:min(a.shape)]
+    weigh = lambda a: np.sqrt(energies(a, h))
     gaussian = getattr(np.random.default_rng(config.seed), config.control)(w.shape)
     own = {"white": values(gaussian), "weighted": weigh(w), "white_weighted": weigh(gaussian)}
     spectrum, scale = values(w), np.linalg.norm(w)

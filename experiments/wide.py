@@ -26,7 +26,7 @@ from outer import Found, side, where
 from output_factor import at_bits
 
 import caldera_jax as cj
-from caldera_jax import CalderaConfig, hessian
+from caldera_jax import CalderaConfig, hessian, objective
 from caldera_jax.jobs import calibration
 from caldera_jax.models import data, llama
 from caldera_jax.models.data import Tokens
@@ -128,14 +128,14 @@ def shares(config: Config, w: np.ndarray, h: np.ndarray) -> Result:
     """Of the energy of W, of W H^½, and of white weights in their place, in so many leading directions."""
     white = np.random.default_rng(config.seed).standard_normal(w.shape, np.float32)
     directions = dict.fromkeys((32, *config.ranks))
-    root = np.linalg.cholesky(h + 1e-6 * np.trace(h) / len(h) * np.eye(len(h)))
+    one = np.eye(len(h))
 
-    def share(a):
-        energy = np.clip(np.linalg.eigvalsh(a @ a.T if len(a) < len(a.T) else a.T @ a)[::-1], 0, None)
+    def share(a, h):
+        energy = objective.energies(a, h)
         return [float(energy[:k].sum() / energy.sum()) for k in directions]
 
-    return {"directions": list(directions), "w": share(np.float64(w)), "white": share(np.float64(white)),
-            "weighted": share(w @ root), "white_weighted": share(white @ root)}
+    return {"directions": list(directions), "w": share(w, one), "white": share(white, one),
+            "weighted": share(w, h), "white_weighted": share(white, h)}
 
 
 @contextmanager
@@ -156,16 +156,16 @@ def predicted(config: Config, w: np.ndarray, h: np.ndarray) -> Result:
     with theory() as (common, when_rank_pays, downdate, rate_gap):
         parts = common.decompose(config.seed, w, h, CalderaConfig(rank=0))
         c = {bits: common.rounding_error(bits) for bits in (2, *config.factor_bits)}
-        damping, found = float(parts.factors.damping), {}
-        for rank in (rank for rank in config.ranks if rank <= min(w.shape)):
-            of_rank = when_rank_pays.shares(parts.w, parts.factors.h, damping, rank)
-            found |= {f"k = {rank}, {b}": min(when_rank_pays.predict(of_rank, c[2], c[b])) for b in config.factor_bits}
+        damping, ranks = float(parts.factors.damping), [rank for rank in config.ranks if rank <= min(w.shape)]
+        every = when_rank_pays.shares(parts.w, parts.factors.h, damping, *ranks)
+        found = {f"k = {rank}, {b}": min(when_rank_pays.predict(of_rank, c[2], c[b]))
+                 for rank, of_rank in zip(ranks, every, strict=True) for b in config.factor_bits}
         factors = hessian.factor(jnp.asarray(parts.factors.h), damping, 8)
-        turned = {f"{bits}": downdate.predict(parts.w, factors, config.middle, bits)
-                  for bits in config.factor_bits if bits > 2}
-        asked = rate_gap.Config(outer_iterations=5, seed=config.seed)
-        gaps = [rate_gap.row(asked, config.layer, w, h, *more) for more in ((), (config.middle, 4))]
-    return {"predicted": found, "downdate": turned, "gap": gaps}
+        fine = [bits for bits in config.factor_bits if bits > 2]
+        turned = zip(map(str, fine), downdate.predict(parts.w, factors, config.middle, *fine), strict=True)
+        asked, spectral = rate_gap.Config(outer_iterations=5, seed=config.seed), np.linalg.eigh(parts.factors.h)
+        gaps = [rate_gap.row(asked, config.layer, w, h, *more, spectral=spectral) for more in ((), (config.middle, 4))]
+    return {"predicted": found, "downdate": dict(turned), "gap": gaps}
 
 
 # ---- what they say

@@ -99,6 +99,23 @@ def test_knowing_where_w_has_its_energy_never_costs_bits_at_a_given_distortion()
         assert own < white
 
 
+@pytest.mark.parametrize("kind", ["flat", "geometric", "spiked", "deficient"])
+@pytest.mark.parametrize("m, n", [(8, 12), (20, 12), (12, 12)])
+def test_energies_are_the_squared_singular_values_of_a_times_a_root_of_h(kind, m, n):
+    a, h = matrices.decaying(m, n), matrices.hessian(kind, n)
+    values, vectors = np.linalg.eigh(h)
+    wanted = np.linalg.svd(a @ (vectors * np.sqrt(np.clip(values, 0, None))), compute_uv=False) ** 2
+    np.testing.assert_allclose(objective.energies(a, h), wanted, atol=1e-13 * wanted[0])
+
+
+def test_the_spectrum_of_h_does_for_h():
+    w, h = matrices.decaying(8, 12), matrices.hessian("geometric", 12)
+    spectral = np.linalg.eigh(h)
+    found, wanted = ([cj.rate_distortion_limit(0.1, w, x, "own"), cj.rate_distortion_error(2.0, w, x),
+                      objective.ldlq_bound(x, 8, 0.1, 4), objective.caldera_bound(x, 8, 2, 2, 0.5)] for x in (spectral, h))
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
 def test_unknown_sources_are_refused():
     with pytest.raises(ValueError, match="'white' or 'own'"):
         cj.rate_distortion_limit(0.1, np.eye(3), np.eye(3), "grey")

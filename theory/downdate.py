@@ -51,12 +51,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.linalg import lapack
 from when_rank_pays import spiked
 
 from caldera_jax import CalderaConfig, HessianFactors, decompose, hessian, regression
 from caldera_jax.codebooks import E8P, Quantized, fit_scale
 from caldera_jax.lplr import LowRank, lplr_factorize
-from caldera_jax.objective import feedback_trace
+from caldera_jax.objective import energies, feedback_trace
 
 
 @dataclass(frozen=True)
@@ -105,34 +106,44 @@ def feedback_noise(inverse: np.ndarray) -> float:
     return float(np.sum((np.eye(len(inverse)) - inverse) ** 2) / len(inverse))
 
 
-def predict(w: np.ndarray, factors: HessianFactors, rank: int, factor_bits: int, block: int = 8) -> dict[str, float]:
-    """(4): the three relative errors, and φ / (c N ρ'), 1 − c'T'/c and 1 − τ, which decide the sign."""
+def predict(w: np.ndarray, factors: HessianFactors, rank: int, *factor_bits: int,
+            block: int = 8) -> list[dict[str, float]]:
+    """(4) at every number of factor bits: the three relative errors, and φ / (c N ρ'), 1 − c'T'/c and 1 − τ, which
+    decide the sign."""
     (m, n), h = w.shape, np.asarray(factors.h)
     best = rank_constrained(jnp.asarray(w), factors.root, rank)
-    plain = float(np.mean((w - np.asarray(best.left @ best.right)) ** 2) / np.mean(w**2))
-    rest = plain + 2 * common.rounding_error(factor_bits) * (1 - plain)
-    inverse = np.linalg.inv(np.asarray(factors.lower)[:n, :n])
-    turned = np.linalg.inv(np.asarray(downdated(factors, unrounded(*best), block).lower)[:n, :n])
-    spectrum, vectors = np.linalg.eigh(h)  # singular, at times
-    true_root = vectors * np.sqrt(np.clip(spectrum, 0, None))
-    eta = common.gaussian(m, n, 3) * np.sqrt(rest * np.mean(w**2))
-    energy = np.sum((w @ h) * w)
-    kept, repaired = (np.linalg.svd(eta @ a @ true_root, compute_uv=False) ** 2 / energy for a in (inverse, turned))
-    c, c_down = widened(feedback_noise(inverse)), widened(feedback_noise(turned))
-    phi, noise = factor_loss(w, factors, rank, factor_bits), c * kept.sum()
-    after, down = c * kept[rank:].sum(), c_down * repaired[rank:].sum()
-    return {"q_last": float(np.sqrt(noise)), "lr_last": float(np.sqrt(after + phi)),
-            "downdated": float(np.sqrt(down + phi)), "factor_noise": phi / noise, "repaired": 1 - down / noise,
-            "tail": 1 - after / noise}
+    rest = float(np.mean((w - np.asarray(best.left @ best.right)) ** 2) / np.mean(w**2))
+    eta = common.gaussian(m, n, 3) * np.sqrt(np.mean(w**2) / np.sum((w @ h) * w))
+
+    def noise(lower) -> tuple[float, np.ndarray]:
+        inverse = inverted(np.asarray(lower)[:n, :n])
+        return widened(feedback_noise(inverse)), energies(eta @ inverse, h)
+
+    (c, kept), (c_down, repaired) = map(noise, (factors.lower, downdated(factors, unrounded(*best), block).lower))
+
+    def at(bits: int) -> dict[str, float]:
+        phi, left = factor_loss(w, factors, rank, bits), rest + 2 * common.rounding_error(bits) * (1 - rest)  # ρ'
+        plain, after, down = left * np.array([c * kept.sum(), c * kept[rank:].sum(), c_down * repaired[rank:].sum()])
+        return {"q_last": float(np.sqrt(plain)), "lr_last": float(np.sqrt(after + phi)),
+                "downdated": float(np.sqrt(down + phi)), "factor_noise": phi / plain, "repaired": 1 - down / plain,
+                "tail": 1 - after / plain}
+
+    return [at(bits) for bits in factor_bits]
+
+
+def inverted(lower: np.ndarray) -> np.ndarray:
+    """The inverse of a lower triangular matrix, a third of a general one's work."""
+    return lapack.dtrtri(lower, lower=1)[0]
 
 
 def factor_loss(w: np.ndarray, factors: HessianFactors, rank: int, factor_bits: int) -> float:
     """φ: what LPLRFactorize on W loses beyond Σ_{i>k} σᵢ²(W M), over tr(W H Wᵀ)."""
     grids = CalderaConfig(rank=rank, factor_bits=factor_bits).factor_grids
     found = np.asarray(lplr_factorize(jax.random.key(0), jnp.asarray(w), factors, rank, *grids, 10).dense())
-    root = np.asarray(factors.root)
-    lost = np.sum(((w - found) @ root) ** 2) - np.sum(np.linalg.svd(w @ root, compute_uv=False)[rank:] ** 2)
-    return float(lost / np.sum((w @ np.asarray(factors.h)) * w))
+    h, root = np.asarray(factors.h), np.asarray(factors.root)
+    damped = h + float(factors.damping) * np.eye(len(h))
+    lost = np.sum(((w - found) @ root) ** 2) - np.sum(energies(w, damped)[rank:])
+    return float(lost / np.sum((w @ h) * w))
 
 
 def compare(config: Config, w, h, rank: int, bits: int, passes: tuple[int, ...] = (0,), **names) -> dict:
@@ -145,7 +156,7 @@ def compare(config: Config, w, h, rank: int, bits: int, passes: tuple[int, ...] 
                 refine_passes=count))
             row[f"{'with' if down else 'without'}_{count}"] = float(parts.trace.error[1:].min())
     factors = hessian.factor(jnp.asarray(parts.factors.h), float(parts.factors.damping), 8)
-    return {**row, **predict(parts.w, factors, rank, bits)}
+    return {**row, **predict(parts.w, factors, rank, bits)[0]}
 
 
 def predicted_gain(row: dict) -> float:

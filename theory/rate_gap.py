@@ -59,7 +59,7 @@ from caldera_jax import CalderaConfig, hessian, regression
 from caldera_jax import ldlq as ldlqs
 from caldera_jax.codebooks import by_bits, fit_scale, pad_columns
 from caldera_jax.jobs.explain import account, rounding_error
-from caldera_jax.objective import rate_distortion_error, rate_distortion_limit, rate_gap, relative_error
+from caldera_jax.objective import Spectral, rate_distortion_error, rate_distortion_limit, rate_gap, relative_error
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def half_log(x: float) -> float:
     return 0.5 * float(np.log2(x))
 
 
-def limit(d: float, w: np.ndarray, h: np.ndarray, sources: str = "white") -> float:
+def limit(d: float, w: np.ndarray, h: np.ndarray, sources: str = "white", spectral: Spectral | None = None) -> float:
     """R_H(d), d = tr(E H Eᵀ) / mn."""
-    return rate_distortion_limit(np.sqrt(d * w.size / np.sum((w @ h) * w)), w, h, sources)
+    return rate_distortion_limit(np.sqrt(d * w.size / np.sum((w @ h) * w)), w, spectral or h, sources)
 
 
 def ldl(damped: np.ndarray, block: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -112,19 +112,21 @@ def ldl(damped: np.ndarray, block: int) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.asarray(block_ldl(jnp.asarray(root), block))[:n, :n], [b @ b.T for b in blocks]
 
 
-def split(w, q, lr, h, damping: float, q_bits: float, lr_bits: float, block: int) -> Split:
-    """The parts of W ≈ Q + L R in the basis in which Q was rounded; ``damping`` is δ."""
+def split(w, q, lr, h, damping: float, q_bits: float, lr_bits: float, block: int,
+          spectral: Spectral | None = None) -> Split:
+    """The parts of W ≈ Q + L R in the basis in which Q was rounded; ``damping`` is δ, ``spectral`` ``eigh`` of H."""
+    spectrum, vectors = spectral = spectral or np.linalg.eigh(h)
     e, damped = q + lr - w, h + damping * np.eye(len(h))
     lower, blocks = ldl(damped, block)
     arithmetic = sum(map(np.trace, blocks)) / len(h)
     geometric = np.exp(sum(np.linalg.slogdet(d)[1] for d in blocks) / len(h))
     variance, rest, eps = (np.mean(a**2) for a in (w, w - lr, e @ lower))
     d = loss(e, damped) / w.size
-    damped_limit = limit(d, w, damped)
+    damped_limit = limit(d, w, damped, spectral=(spectrum + damping, vectors))
     return Split(low_rank=lr_bits - half_log(variance / rest), shaping=q_bits - half_log(rest / eps),
                  alignment=half_log(d / (eps * arithmetic)), spread=half_log(arithmetic / geometric),
                  inactive=half_log(variance * geometric / d) - damped_limit,
-                 damping=damped_limit - limit(loss(e, h) / w.size, w, h))
+                 damping=damped_limit - limit(loss(e, h) / w.size, w, h, spectral=spectral))
 
 
 def feedback(w, q, lr, damped, block: int) -> float:
@@ -132,15 +134,18 @@ def feedback(w, q, lr, damped, block: int) -> float:
     return half_log(np.mean((q - (q + lr - w) @ ldl(damped, block)[0]) ** 2) / np.mean((w - lr) ** 2))
 
 
-def row(config: Config, name: str, w, h, rank: int = 0, factor_bits: int = 0, damping: float = 0.01) -> dict:
-    """A layer at a configuration: bits, the bounds of ``account``, gap and its parts."""
+def row(config: Config, name: str, w, h, rank: int = 0, factor_bits: int = 0, damping: float = 0.01,
+        spectral: Spectral | None = None) -> dict:
+    """A layer at a configuration: bits, the bounds of ``account``, gap and its parts; ``spectral``: ``eigh`` of the
+    rotated H over its mean diagonal, where it is at hand."""
     method = CalderaConfig(rank=rank, factor_bits=factor_bits or 4, outer_iterations=config.outer_iterations,
                            svd="randomized", damping=damping)
     p, lr_bits = common.decompose(config.seed, w, h, method), factor_bits * rank * (1 / len(w) + 1 / len(h))
     used, last = float(p.factors.damping), (1 + int(np.argmin(p.trace.error[1:]))) % 2 if rank else 1
     damped = p.factors.h + used * np.eye(len(h))
-    theory = account(p.w, p.q, p.lr, p.factors.h, used, rank, method.q_grid, 2 + lr_bits)
-    parts = split(p.w, p.q, p.lr, p.factors.h, used, 2, lr_bits, method.block)
+    spectral = spectral or np.linalg.eigh(p.factors.h)
+    theory = account(p.w, p.q, p.lr, p.factors.h, used, rank, method.q_grid, 2 + lr_bits, spectral=spectral)
+    parts = split(p.w, p.q, p.lr, p.factors.h, used, 2, lr_bits, method.block, spectral)
     return {"layer": name, "shape": list(w.shape), "rank": rank, "factor_bits": factor_bits, "bits": 2 + lr_bits,
             **theory._asdict(), "last": ("LR", "Q")[last], "parts": {**parts._asdict(), "factors": 0.0},
             "feedback": feedback(p.w, p.q, p.lr, damped, method.block)}

@@ -59,7 +59,7 @@ import pytest
 from common import Parts
 
 from caldera_jax import E8P, CalderaConfig, hessian, regression
-from caldera_jax.objective import feedback_trace
+from caldera_jax.objective import energies, feedback_trace
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,28 @@ class Shares(NamedTuple):
     aligned: float
 
 
-def noise_tail(root: np.ndarray, m: int, rank: int, block: int, seed: int = 0) -> float:
-    """τ: the share of η blockdiag(D)^½ beyond its k leading directions, for one draw of η (it concentrates)."""
+def noise_energy(root: np.ndarray, m: int, block: int, seed: int = 0) -> np.ndarray:
+    """σᵢ²(η blockdiag(D)^½), falling, for one draw of η (it concentrates)."""
     eta, n = common.gaussian(m, len(root), seed), len(root)
     noise = np.concatenate([eta[:, j:j + block] @ root[j:j + block, j:j + block] for j in range(0, n, block)], axis=1)
-    energy = np.linalg.svd(noise, compute_uv=False) ** 2
-    return float(energy[rank:].sum() / energy.sum())
+    return energies(noise, np.eye(n))
 
 
-def shares(w: np.ndarray, h: np.ndarray, damping: float, rank: int, block: int = 8) -> Shares:
-    """The shares of a rotated layer; O(m n min(m, n))."""
+def shares(w: np.ndarray, h: np.ndarray, damping: float, *ranks: int, block: int = 8) -> list[Shares]:
+    """The shares of a rotated layer at every rank; O(m n min(m, n) + n³)."""
     damped = h + damping * np.eye(len(h))
     root, energy = np.linalg.cholesky(damped), float(np.sum((w @ damped) * w))
-    factors = regression.rank_constrained(jnp.asarray(w), jnp.asarray(root), rank)
-    low_rank = np.asarray(factors.left @ factors.right)
-    kept = float(np.sum((low_rank @ damped) * low_rank))
-    aligned = np.trace(damped) / len(h) * np.sum(low_rank**2) / kept if kept else 0.0
-    return Shares(w.shape[0] * feedback_trace(damped, block) * np.mean(w**2) / energy,
-                  float(np.sum((w - low_rank) ** 2) / np.sum(w**2)), noise_tail(root, len(w), rank, block),
-                  kept / energy, float(aligned))
+    noise, tail = len(w) * feedback_trace(damped, block) * np.mean(w**2) / energy, noise_energy(root, len(w), block)
+    best = regression.rank_constrained(jnp.asarray(w), jnp.asarray(root), max(ranks))  # holds those of lower rank
+
+    def of(rank: int) -> Shares:
+        low_rank = np.asarray(best.left[:, :rank] @ best.right[:rank])
+        kept = float(np.sum((low_rank @ damped) * low_rank))
+        aligned = np.trace(damped) / len(h) * np.sum(low_rank**2) / kept if kept else 0.0
+        return Shares(noise, float(np.sum((w - low_rank) ** 2) / np.sum(w**2)),
+                      float(tail[rank:].sum() / tail.sum()), kept / energy, float(aligned))
+
+    return [of(rank) for rank in ranks]
 
 
 def predict(s: Shares, c_q: float, c_factor: float) -> tuple[float, float]:
@@ -185,7 +188,7 @@ def measure(config: Config) -> dict:
 def compare(config: Config, w, h, rank: int, bits: int, c: dict[int, float], alone: dict[int, float], name: str):
     """One row: shares, error and bits saved, predicted and measured."""
     parts, paid = decompose(config, w, h, rank, bits), bits * rank * (1 / len(w) + 1 / len(h))
-    s = shares(parts.w, parts.factors.h, float(parts.factors.damping), rank)
+    s, = shares(parts.w, parts.factors.h, float(parts.factors.damping), rank)
     error, predicted = float(parts.trace.error[1:].min()), predict(s, c[2], c[bits])
     expected = {b: float(np.sqrt(c[b] * s.noise)) for b in (2, 3, 4)}
     return {"layer": name, "shape": list(w.shape), "rank": rank, "factor_bits": bits, "bits": 2 + paid, "error": error,
@@ -271,7 +274,7 @@ def first_round(kind: str, share: float, rank: int, bits: int):
     """Parts after LR and Q were found once, the damped H, and the shares, for 64 x 96."""
     parts = decompose(ONCE, spiked(64, 96, 8, share), common.hessian(kind, 96), rank, bits)
     damping = float(parts.factors.damping)
-    return parts, parts.factors.h + damping * np.eye(96), shares(parts.w, parts.factors.h, damping, rank)
+    return parts, parts.factors.h + damping * np.eye(96), shares(parts.w, parts.factors.h, damping, rank)[0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6])

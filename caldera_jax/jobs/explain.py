@@ -38,7 +38,7 @@ class LayerTheory(NamedTuple):
 
 def account(w: Float[np.ndarray, "m n"], q: Float[np.ndarray, "m n"], low_rank: Float[np.ndarray, "m n"],
             h: Float[np.ndarray, "n n"], damping: float, rank: int, grid: Grid | None, bits: float,
-            steps: Float[np.ndarray, "m n"] | None = None) -> LayerTheory:
+            steps: Float[np.ndarray, "m n"] | None = None, spectral: objective.Spectral | None = None) -> LayerTheory:
     """What theory says of W ≈ Q + L R, float64, everything in the basis in which Q was rounded.
 
     With E = Q + L R − W, H' = H + damping · mean diagonal · I = lower blockdiag(D) lowerᵀ in blocks of ``grid``, and
@@ -48,7 +48,8 @@ def account(w: Float[np.ndarray, "m n"], q: Float[np.ndarray, "m n"], low_rank: 
     rounded, max |Q − E lower|, and m ε the excess of the measured loss over the floor's.  Of free rate, with ``steps``:
     ldlq² ∝ d Σ_ij step_ij² D_j, d what the trellis leaves of a step² at high rate, and the two bounds are of no such.
 
-    ``grid`` None: Q is off.  ``bits``: all stored bits a weight.  R and ``ldlq`` are those of the last LDLQ with this
+    ``grid`` None: Q is off.  ``bits``: all stored bits a weight.  ``spectral``: ``np.linalg.eigh`` of H over its mean
+    diagonal, where it is at hand: what takes longest.  R and ``ldlq`` are those of the last LDLQ with this
     L R: of no other than a Q rounded last, without downdate, refinement or q_metric="plain".  ``ldlq`` and
     ``quip_sharp`` also count the loss that damping adds, and neither they nor ``caldera`` bound the loss
     of a clipped grid.  Host function, O(n³ + m³).  Sources: ``theory/ldlq_identity.py``, ``block_ldlq_bound.py``,
@@ -61,11 +62,13 @@ def account(w: Float[np.ndarray, "m n"], q: Float[np.ndarray, "m n"], low_rank: 
     e = q + low_rank - w
     energy, loss = (float(np.sum((a @ h) * a)) for a in (w, e))
     relative = partial(_relative, energy=energy)
-    least = _tail(w - q, h, rank) if rank else loss
+    least = float(objective.energies(w - q, h)[rank:].sum()) if rank else loss
     error = relative(loss)
     limit = own = np.inf if error == 0 and energy > 0 else 0.0
+    if spectral is None and (0 < error < 1 or grid and steps is None):
+        spectral = np.linalg.eigh(h)
     if 0 < error < 1:
-        limit, own = (objective.rate_distortion_limit(error, w, h, sources) for sources in ("white", "own"))
+        limit, own = (objective.rate_distortion_limit(error, w, spectral, sources) for sources in ("white", "own"))
     ldlq = quip_sharp = caldera = np.nan
     if steps is not None:
         ldlq = relative(DISTORTION[grid.states] * float(np.sum(steps**2 * np.diagonal(np.asarray(factors.root))**2)))
@@ -74,8 +77,8 @@ def account(w: Float[np.ndarray, "m n"], q: Float[np.ndarray, "m n"], low_rank: 
         radius = float(np.abs(q - e @ lower[:n, :n]).max())
         excess = max(loss - least, 0.0) / m
         ldlq = relative(m * variance * objective.feedback_trace(damped, grid.block))
-        quip_sharp = relative(objective.ldlq_bound(damped, m, variance, grid.block))
-        caldera = relative(objective.caldera_bound(h, m, rank, grid.code_bits // grid.block, radius, excess))
+        quip_sharp = relative(objective.ldlq_bound((spectral[0] + used, spectral[1]), m, variance, grid.block))
+        caldera = relative(objective.caldera_bound(spectral, m, rank, grid.code_bits // grid.block, radius, excess))
     return LayerTheory(error, relative(least), ldlq, quip_sharp, caldera, limit, own, bits - limit)
 
 
@@ -85,12 +88,6 @@ _factor = jax.jit(hessian.factor, static_argnums=(1, 2))
 def _relative(loss: float, energy: float) -> float:
     """sqrt(loss / energy); 0 / 0 is 0, a loss without energy is infinite, a loss below 0 (rounding) counts as 0."""
     return float(np.sqrt(max(loss, 0.0) / energy)) if energy > 0 else float("inf") if loss > 0 else 0.0
-
-
-def _tail(a: np.ndarray, h: np.ndarray, rank: int) -> float:
-    """Σ_{i>k} σᵢ²(A H^½)."""
-    energies = np.linalg.eigvalsh(a @ h @ a.T)  # ascending; σᵢ² and, where m > n, zeros
-    return float(np.clip(energies[:len(energies) - rank], 0, None).sum())
 
 
 def of_layer(layer: CompressedLinear, w: Float[np.ndarray, "m n"], h: Float[np.ndarray, "n n"], damping: float,
