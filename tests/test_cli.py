@@ -7,6 +7,7 @@ from caldera_jax import LevelConfig
 from caldera_jax.jobs import cli, spread
 from caldera_jax.jobs.compress import Need
 from caldera_jax.jobs.options import Workers
+from caldera_jax.models import convert, llama
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_a_budget_is_bits_a_weight_or_megabytes_of_all_compressed_layers(told, t
     config = told(model, "--out", tmp_path / "out", "--bits", "2.3", "--allocation", "trace", *FIXED)
     assert (config.bits, config.allocation, config.level) == (2.3, "trace", None)
     weights = 24 * 24 + 2 * 12 * 24 + 24 * 24 + 3 * 40 * 24  # q; k, v; o; gate, up, down
-    for more, blocks in (([], 2), (["--blocks", "1"], 1)):
+    for more, blocks in ((["--tables", "dense"], 2), (["--blocks", "1"], 1)):
         config = told(model, "--out", tmp_path / "out", "--megabytes", "0.004", "--preset", "default", *more)
         assert config.bits == pytest.approx(32_000 / (blocks * weights)) and config.level == LevelConfig()
     plain = told(model, "--out", tmp_path / "out")
@@ -55,6 +56,21 @@ def test_a_budget_without_a_grid_of_fixed_rate_is_met_by_one_level(told, tmp_pat
     assert config.importance.windows == 5 and config.activations == "compressed"
     config = told(model, "--out", tmp_path / "out", "--level", "0.01", "--preset", "paper")
     assert config.level == LevelConfig() and (config.bits, config.c) == (None, 0.01)
+
+
+def test_of_free_rate_embedding_and_head_come_to_the_level_and_megabytes_are_of_the_whole_model(told, tmp_path):
+    model = tiny.write_model(tmp_path / "model")
+    weights = llama.all_weights(convert.load(model).config) - (2 * 2 + 1) * 24  # but the norms
+    for arguments, kind, counted in (
+            (["--bits", "2"], "level", "layers"), (["--level", "0.01"], "level", "layers"),
+            (["--megabytes", "0.01"], "level", "model"), (["--megabytes", "0.01", "--tables", "8"], "8", "model"),
+            (["--megabytes", "0.01", "--counted", "layers"], "level", "layers"),
+            (["--megabytes", "0.01", "--tables", "dense"], "dense", "layers"),
+            (["--bits", "2", "--blocks", "1"], "dense", "layers"), (["--bits", "2", *FIXED], "dense", "layers"),
+            (["--bits", "2", "--blocks", "1", "--tables", "level"], "level", "layers"), ([], "dense", "layers")):
+        config = told(model, "--out", tmp_path / "out", *arguments)
+        assert (config.tables, config.counted) == (kind, counted), arguments
+    assert told(model, "--out", tmp_path / "out", "--megabytes", "0.01").bits == pytest.approx(80_000 / weights)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -63,7 +63,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         bits: budget: bits a weight that the compressed layers may store, everything counted. Each weight gets a rate of
             its own, all at one level that meets the budget. With --quantizer rates are fixed instead, and --rank,
             --q-bits and --factor-bits of every layer are chosen (with --preset paper add --downdate False).
-        megabytes: the same budget in 10^6 bytes of all that --counted names together.
+        megabytes: the same budget in 10^6 bytes; of free rate it is of the whole model.
         level: the level itself, instead of a budget: the loss in nats goes with its square.
         rank: k of L R in every layer; 0 for Q alone, which is what --bits, --megabytes and --level take by themselves.
         q_bits: bits of Q: 2, 3 or 4 on the lattice, more on other grids; 0 for L R alone.
@@ -109,10 +109,13 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         caldera=override(base.caldera, rank=None if free else rank, q_bits=q_bits, factor_bits=factors,
                          **vars(algorithm)),
         bits=bits if megabytes is None else 1.0,  # until weights are counted
-        **vars(budget), **vars(tables), level=of_level, c=level,
+        **vars(budget), level=of_level, c=level,
         importance=override(base.importance, **estimate),
         calibration=override(base.calibration, **tokens("calibration")),
         evaluation=override(base.evaluation, **tokens("evaluation")))
+    whole = free and config.blocks is None and tables.tables != "dense"
+    config = override(config, tables=tables.tables or ("level" if whole else None),
+                      counted=tables.counted or ("model" if whole and megabytes is not None else None))
     windows = lambda of: (of.windows * len(data.named(of.text)), of.window)
     calibrated = windows(config.calibration) if config.hessians is None else (0, 1)
     if start(workers, lambda: memory_need(convert.load(model).config, calibrated, windows(config.evaluation),

@@ -81,10 +81,12 @@ class Tables:
 
     tables: Annotated[Literal["dense", "level", "8", "4"] | None,
                       arg(metavar="{dense,level,8,4}", help_behavior_hint="")] = None
-    """as they are, at the level of the layers, or rounded to 8 or 4 bits a weight, a scale a row."""
+    """as they are, at the level of the layers (the default where each weight has a rate of its own, in all blocks), or
+    rounded to 8 or 4 bits a weight, a scale a row."""
     counted: Annotated[Literal["layers", "model"] | None,
                        arg(metavar="{layers,model}", help_behavior_hint="")] = None
-    """what --bits and --megabytes are of: the linear layers, or the tables, too."""
+    """what the budget is of: the linear layers (the default with --bits), or the tables, too (with --megabytes, unless
+    these stay dense)."""
 
 
 @dataclass(frozen=True)
