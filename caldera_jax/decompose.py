@@ -1,7 +1,7 @@
 """CALDERA, Algorithm 1 of arXiv 2405.18886: W ≈ Q + LR by alternating LDLQ and LPLRFactorize."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ class CalderaConfig:
     refine_passes: coordinate descent passes after each LDLQ (the original: 10).
     svd: "exact" or "randomized".  rotation: "hadamard", "orthogonal" or "none".
     damping: added to H in units of its mean diagonal; serves the optimization only.
+    factor_rounding: of L and R, to the "nearest" as in the paper, or with "feedback" (``lplr_factorize``).
     q_metric, lr_metric: "data" minimises the error on X; "plain" forgets X in that half step.
     """
 
@@ -48,6 +49,7 @@ class CalderaConfig:
     damping: float = 0.01
     q_metric: Literal["data", "plain"] = "data"
     lr_metric: Literal["data", "plain"] = "data"
+    factor_rounding: Literal["nearest", "feedback"] = field(default="nearest", metadata={"later": True})
 
     def __post_init__(self):
         _one_of("order", self.order, ("lr-first", "q-first"))
@@ -55,6 +57,7 @@ class CalderaConfig:
         _one_of("rotation", self.rotation, ("hadamard", "orthogonal", "none"))
         _one_of("q_metric", self.q_metric, ("data", "plain"))
         _one_of("lr_metric", self.lr_metric, ("data", "plain"))
+        _one_of("factor_rounding", self.factor_rounding, ("nearest", "feedback"))
         for name, least in (("rank", 0), ("refine_passes", 0), ("outer_iterations", 1), ("inner_iterations", 0),
                             ("damping", 0)):
             if not least <= getattr(self, name) < float("inf"):
@@ -138,7 +141,7 @@ def factorize_step(key: Key[Array, ""], target: Float[Array, "m n"], target_h: F
     if config.lr_metric == "plain":
         factors, target_h = hessian.identity(target.shape[1], 1, target.dtype), target
     return lplr_factorize(key, target, factors, config.rank, *config.factor_grids, config.inner_iterations, config.svd,
-                          target_h, low_rank)
+                          target_h, low_rank, config.factor_rounding)
 
 
 def downdated(factors: HessianFactors, low_rank: LowRank, block: int) -> HessianFactors:

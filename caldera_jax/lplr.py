@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Key
 
-from caldera_jax.codebooks import Codebook, Quantized, quantize
+from caldera_jax import hessian
+from caldera_jax.codebooks import Codebook, Quantized, fit_scale, pad_columns, quantize, spread
 from caldera_jax.hessian import HessianFactors
-from caldera_jax.regression import rank_constrained, rank_constrained_iteratively
+from caldera_jax.ldlq import ldlq
+from caldera_jax.regression import Factors, rank_constrained, rank_constrained_iteratively
 
 
 class LowRank(NamedTuple):
@@ -40,9 +42,35 @@ def _solve(gram, rhs):
     return jax.scipy.linalg.solve(gram + nudge * jnp.eye(len(gram), dtype=gram.dtype), rhs, assume_a="pos")
 
 
+def round_rows(x: Float[Array, "k m"], root: Float[Array, "k k"], grid: Codebook,
+               key: Key[Array, ""] | None = None) -> Quantized:
+    """X on the grid with small tr((Q − X)ᵀ G (Q − X)), G = root rootᵀ: each row to its nearest, last to first, and its
+    error fed back to the rows before it.
+
+    With G = lower diag(d) lowerᵀ the loss is Σ d_j ‖η_j‖² for rounding errors η: of errors alike the sum of d in place
+    of tr G, and Π d_j = det G whatever the order.  O(k² m).  LDLQ (``ldlq``) along the other axis: the blocks of a grid
+    lie along the m columns, so that the feedback is one row's.
+    """
+    k, m = x.shape
+    scale = fit_scale(grid, x)
+    steps = jnp.broadcast_to(spread(grid, scale, m), (k, m))
+    steps = jnp.where(steps > 0, steps, 1)
+    lower = root / jnp.diagonal(root)[None]
+
+    def step(q, j):
+        target = x[j] + lower[:, j] @ (x - q)  # rows not yet rounded, and this one, carry no error
+        values, codes = grid.round(pad_columns((target / steps[j])[None], grid.block),
+                                   None if key is None else jax.random.fold_in(key, j))
+        return q.at[j].set(values[0, :m] * steps[j]), codes[0]
+
+    q, codes = lax.scan(step, x, jnp.arange(k - 1, -1, -1))
+    return Quantized(q, codes[::-1], scale)
+
+
 def lplr_factorize(key: Key[Array, ""], a: Float[Array, "m n"], factors: HessianFactors, rank: int,
                    left_grid: Codebook, right_grid: Codebook, iterations: int = 10, svd: str = "exact",
-                   a_h: Float[Array, "m n"] | None = None, guess: LowRank | None = None) -> LowRank:
+                   a_h: Float[Array, "m n"] | None = None, guess: LowRank | None = None,
+                   rounding: str = "nearest") -> LowRank:
     """Quantized L [m, k], R [k, n] with small tr((LR − A) H (LR − A)ᵀ), H = h + damping I.
 
     From the closed form of Lemma 4.2, alternates R ← quantize(L⁺ A) and L ← quantize(A H Rᵀ (R H Rᵀ)⁻¹): once for the
@@ -50,6 +78,11 @@ def lplr_factorize(key: Key[Array, ""], a: Float[Array, "m n"], factors: Hessian
     ``svd``: "exact", or "randomized" for subspace iteration, which starts from ``guess``.  ``a_h``: A h, if known.
     O(m n min(m, n)) once for the exact SVD and O(k n (m + n)) an iteration.  Not monotone: rounding can undo what a
     least-squares step gains.
+
+    ``rounding``: "nearest", as in the paper; or "feedback", which is not in it: R by LDLQ on H, L by ``round_rows`` on
+    R H Rᵀ.  L T, Tᵀ R are then as good a start for any rotation T, and a random one makes all rows of R alike and the d
+    of R H Rᵀ nearly so: L's rounding costs k (Π σᵢ²)^{1/k} at best where to the nearest it costs Σ σᵢ², σᵢ the singular
+    values of A H^½.  In the plain norm A − L R is as large as before.
     """
     a_h = (a @ factors.h if a_h is None else a_h) + factors.damping * a
     energy = jnp.sum(a_h * a)
@@ -59,11 +92,22 @@ def lplr_factorize(key: Key[Array, ""], a: Float[Array, "m n"], factors: Hessian
     else:
         start = rank_constrained_iteratively(svd_key, a, a_h, rank, None if guess is None else guess.left_t.values.T)
 
+    fed_back = rounding == "feedback"
+    if fed_back:
+        turn_key, key = jax.random.split(key)
+        turn = jnp.linalg.qr(jax.random.normal(turn_key, (rank, rank), a.dtype))[0]
+        start = Factors(start.left @ turn, turn.T @ start.right)
+        of_right = factors._replace(lower=hessian.block_ldl(factors.root, right_grid.block))
+
     def fit_right(key, left_t):
-        return quantize(right_grid, _solve(left_t @ left_t.T, left_t @ a), key)
+        target = _solve(left_t @ left_t.T, left_t @ a)
+        return ldlq(target, right_grid, of_right, 0, key) if fed_back else quantize(right_grid, target, key)
 
     def fit_left(key, gram, cross):
-        return quantize(left_grid, _solve(gram, cross), key)
+        target = _solve(gram, cross)
+        if not fed_back:
+            return quantize(left_grid, target, key)
+        return round_rows(target, hessian.factor(gram, 1e-6).root, left_grid, key)
 
     def loss(left_t, gram, cross):
         """From gram = R H Rᵀ and cross = R H Aᵀ."""

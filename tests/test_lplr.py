@@ -9,8 +9,9 @@ import pytest
 
 import caldera_jax as cj
 from caldera_jax import hessian
-from caldera_jax.codebooks import by_bits, dequantize, quantize
-from caldera_jax.lplr import better, lplr_factorize
+from caldera_jax.codebooks import by_bits, dequantize, quantize, spread
+from caldera_jax.ldlq import ldlq
+from caldera_jax.lplr import better, lplr_factorize, round_rows
 from caldera_jax.regression import rank_constrained
 
 LPLR = jax.jit(lplr_factorize, static_argnums=(3, 4, 5, 6, 7))
@@ -122,3 +123,66 @@ def test_better_takes_whole_trees():
     for condition, wanted in ((True, new), (False, old)):
         found = better(jnp.asarray(condition), new, old)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+# ---- feedback
+
+FED_BACK = jax.jit(lambda a, f, left, right, rank=RANK: lplr_factorize(
+    KEY, a, f, rank, left, right, 4, rounding="feedback"), static_argnums=(2, 3, 4))
+
+
+@pytest.mark.parametrize("grid", [cj.Uniform(3), cj.NormalFloat(4, group=8), by_bits("e8p", 2)])
+def test_rows_fed_back_lose_their_rounding_errors_times_d(grid):
+    x, g = matrices.gaussian(6, 20), matrices.hessian("power", 6)
+    root = np.linalg.cholesky(g)
+    found = jax.jit(round_rows, static_argnums=2)(jnp.asarray(x), jnp.asarray(root), grid)
+    e = np.asarray(found.values) - x
+    d, lower = np.diag(root) ** 2, root / np.diag(root)
+    eta = lower.T @ e
+    np.testing.assert_allclose(np.trace(e.T @ g @ e), np.sum(d * np.sum(eta**2, axis=1)), rtol=1e-10)
+    steps = np.broadcast_to(np.asarray(spread(grid, found.scale, 20)), x.shape)
+    for j in range(6):  # each row is the nearest to where feedback put it: η is the rounding error
+        target = np.pad((np.asarray(found.values)[j] - eta[j]) / steps[j], (0, -20 % grid.block))
+        again, codes = grid.round(jnp.asarray(target)[None])
+        np.testing.assert_allclose(np.asarray(again)[0, :20] * steps[j], found.values[j], atol=1e-12)
+        np.testing.assert_array_equal(codes[0], found.codes[j])
+    np.testing.assert_allclose(dequantize(grid, found.codes, found.scale, 20), found.values, atol=1e-12)
+
+
+def test_rows_fed_back_are_ldlq_of_the_transpose_on_a_scalar_grid():
+    x, g = matrices.gaussian(6, 20), matrices.hessian("geometric", 6)
+    f = FACTOR(jnp.asarray(g), 0.0, 1)
+    ours = jax.jit(round_rows, static_argnums=2)(jnp.asarray(x), f.root, cj.Uniform(3))
+    theirs = jax.jit(ldlq, static_argnums=1)(jnp.asarray(x.T), cj.Uniform(3), f)
+    np.testing.assert_allclose(ours.values, theirs.values.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", [cj.Uniform(3), by_bits("e8p", 2), by_bits("e8p", 4)])
+def test_feedback_lowers_what_rounding_the_factors_costs(grid):
+    """Singular values from 1 to 1/11: the geometric mean of their squares is a quarter of the arithmetic one."""
+    h = np.eye(40)
+    f = FACTOR(jnp.asarray(h), 1e-3, 1)
+    excess = []
+    for seed in range(3):
+        a = matrices.orthogonal(64, seed)[:, :8] * 2.0 ** -np.arange(0, 4, 0.5) @ matrices.orthogonal(40, seed)[:8]
+        costs = [oracles.loss(np.asarray(found.dense()) - a, h) for found in (
+            LPLR(KEY, jnp.asarray(a), f, 8, grid, grid, 4), FED_BACK(jnp.asarray(a), f, grid, grid, 8))]
+        excess.append(costs[1] / costs[0])
+    assert max(excess) < 0.9
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["flat", "spiked", "deficient", "dead"])
+def test_sixteen_bits_with_feedback_are_near_the_closed_form(kind, dtype):
+    a, f, damped = _problem(1, kind, matrices.gaussian, dtype)
+    found = FED_BACK(jnp.asarray(a), f, cj.Half(), cj.Half())
+    optimum = oracles.rank_constrained(a.astype(np.float64), damped, RANK)[1]
+    assert found.dense().dtype == dtype
+    assert optimum * (1 - 1e-3) <= _loss(found, a, damped) <= optimum + 1e-5 * oracles.loss(a, damped)
+
+
+def test_feedback_of_zero_gives_zero_and_of_a_matrix_of_lower_rank_no_noise():
+    _, f, damped = _problem(0)
+    assert float(jnp.sum(FED_BACK(jnp.zeros((M, N)), f, cj.Uniform(5), cj.Half()).dense() ** 2)) == 0
+    a = np.outer(matrices.gaussian(M, 1)[:, 0], matrices.gaussian(1, N)[0])
+    assert _loss(FED_BACK(jnp.asarray(a), f, cj.Uniform(5), cj.Uniform(5)), a, damped) < 0.02 * oracles.loss(a, damped)

@@ -104,9 +104,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what JSON can hold; a dataclass that stands for a choice keeps its name."""
+    """Dataclasses, tuples and paths as what JSON can hold; a dataclass that stands for a choice keeps its name.
+
+    A field that came ``later`` is left out where it says what was done before, so that older records keep their hash.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+                  if not (f.metadata.get("later") and getattr(value, f.name) == f.default)}
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
