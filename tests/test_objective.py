@@ -112,7 +112,8 @@ def test_the_spectrum_of_h_does_for_h():
     w, h = matrices.decaying(8, 12), matrices.hessian("geometric", 12)
     spectral = np.linalg.eigh(h)
     found, wanted = ([cj.rate_distortion_limit(0.1, w, x, "own"), cj.rate_distortion_error(2.0, w, x),
-                      objective.ldlq_bound(x, 8, 0.1, 4), objective.caldera_bound(x, 8, 2, 2, 0.5)] for x in (spectral, h))
+                      objective.ldlq_bound(x, 8, 0.1, 4), objective.caldera_bound(x, 8, 2, 2, 0.5)]
+                     for x in (spectral, h))
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 

@@ -41,6 +41,9 @@ class Algorithm:
     """family of Q's grid: e8p, uniform, dithered or nf; with a budget, rates are then fixed and planned by layer."""
     factor_quantizer: Str = None
     """family of the factors' grids."""
+    factor_rounding: Annotated[Literal["nearest", "feedback"] | None,
+                               arg(metavar="{nearest,feedback}", help_behavior_hint="")] = None
+    """of L and R: to the nearest, as in the paper, or with feedback, after which the downdate mostly helps."""
 
 
 @dataclass(frozen=True)
