@@ -78,6 +78,11 @@ def backward(side: Side, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"
     return _scale(side, transform(x, inverse=True))
 
 
+def reciprocal(side: Side) -> Side:
+    """The side whose ``forward`` undoes ``backward`` of this one: itself, unless its signs or scales are not ±1."""
+    return side if isinstance(side, tuple) and not _diagonal(side) else jax.tree.map(lambda x: 1 / x, side)
+
+
 def rotate(
     key: PRNGKeyArray, w: Float[Array, "m n"], h: Float[Array, "n n"], kind: str = "hadamard"
 ) -> tuple[Float[Array, "m n"], Float[Array, "n n"], Rotation]:

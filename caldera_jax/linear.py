@@ -341,9 +341,10 @@ def _stages(grid: Grid | None) -> tuple[float, ...] | None:
     return None
 
 
-def pack(decomposition: Decomposition, rotation: Rotation, config: CalderaConfig, scale: Float[Array, ""]
-         ) -> CompressedLinear:
-    """Store a decomposition of the rotated U W Vᵀ / scale; the scale goes into the scales of Q and of L."""
+def pack(decomposition: Decomposition, rotation: Rotation, config: CalderaConfig, scale: Float[Array, ""],
+         outputs: Float[Array, " m"] | None = None) -> CompressedLinear:
+    """Store a decomposition of the rotated U diag(1 / outputs) W Vᵀ / scale; the scale goes into the scales of Q and of
+    L, and ``outputs``, in float16, beside the signs of U."""
     q, low_rank = decomposition.q, decomposition.low_rank
     grids = (config.q_grid, *config.factor_grids)
 
@@ -353,23 +354,35 @@ def pack(decomposition: Decomposition, rotation: Rotation, config: CalderaConfig
     left_t, right = (None, None) if low_rank is None else low_rank
     one = jnp.ones((), scale.dtype)
     m, n = (left_t.values.shape[1], right.values.shape[1]) if q is None else q.values.shape
-    sides = (pack_signs(side) if isinstance(side, jax.Array) else side for side in rotation)
+    sides = [pack_signs(side) if isinstance(side, jax.Array) else side for side in rotation]
+    if outputs is not None:
+        sides[0] = outputs * rotation.left.astype(outputs.dtype) if config.rotation == "hadamard" else (outputs,)
     return CompressedLinear(packed(q, grids[0], scale), packed(left_t, grids[1], scale), packed(right, grids[2], one),
                             *sides, (m, n), grids)
 
 
 def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "n n"],
-                    config: CalderaConfig, name: str = "the matrix") -> tuple[CompressedLinear, Trace]:
+                    config: CalderaConfig, name: str = "the matrix", g: Float[Array | np.ndarray, " m"] | None = None
+                    ) -> tuple[CompressedLinear, Trace]:
     """Compress one W [m, n] for inputs of second moment h [n, n]: normalise, rotate, factor, ``caldera``, pack.
+
+    ``g``: the importance of each output, of any size, which the paper does not know: the loss is then Σ g_i e_i H e_iᵀ
+    and so are the Trace's errors.  W's rows are scaled by √g before all else and back in the end, by numbers of 16 bits
+    in place of the left rotation's signs; g_i counts as at least 10⁻⁶ of the mean.
 
     ``h`` is symmetric positive semidefinite, in any units, not rotated.  One compilation per shape, dtype and config.
     Returns the layer and its Trace, whose errors are against h itself.  Rows of w that are spread over devices
     (``shard_rows``) stay so.
-    Raises ValueError (naming ``name``) for shapes that do not fit, rank > min(m, n), NaN or infinities in w or h, or an
-    h that no damping makes positive definite.
+    Raises ValueError (naming ``name``) for shapes that do not fit, rank > min(m, n), NaN or infinities in w or h, an h
+    that no damping makes positive definite, a g below 0 or beside rotation="orthogonal", which has no signs.
     """
     w, h, rows = checked(w, h, config.rank, name)
-    compressed, trace = _compress(key, w, h, config, rows)
+    if g is not None:
+        if config.rotation == "orthogonal":
+            raise ValueError(f"{name}: the importance of outputs is stored in place of signs, and "
+                             "rotation='orthogonal' has none: use 'hadamard' or 'none'")
+        g = of_outputs(g, w, name)
+    compressed, trace = _compress(key, w, h, config, rows, g)
     if not bool(trace.finite):
         raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite, or "
                          "the iteration overflowed: check that h is symmetric positive semidefinite")
@@ -399,11 +412,7 @@ def at_level(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "
              rows: Int[np.ndarray, " r"] | None = None) -> tuple[Levelled, Levelled | None, Levelled | None, float]:
     """Z, L and R of ``levels.decompose``, Z of these rows alone, and the damping used; raises as ``level``."""
     w, h, _ = checked(w, h, config.rank, name)
-    g = jnp.asarray(g, w.dtype)
-    if g.shape != w.shape[:1] or not bool(jnp.all(jnp.isfinite(g) & (g >= 0))):
-        raise ValueError(f"{name}: the importance of its outputs must be {w.shape[0]} finite numbers >= 0, got "
-                         f"{g.shape} from {float(jnp.min(g, initial=0)):g} to {float(jnp.max(g, initial=0)):g}: do the "
-                         "gradients overflow?")
+    g = of_outputs(g, w, name)
     if not 0 < c < math.inf:
         raise ValueError(f"{name}: the level must be positive and finite, got {c}")
     *parts, damping, finite = _at_level(w, h, g, jnp.asarray(c, w.dtype), config, rows)
@@ -414,6 +423,16 @@ def at_level(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray, "
     if most >= min(1 / float(jnp.finfo(w.dtype).eps), 2**30):  # beyond it a number has no parity
         raise ValueError(f"{name}: the level {c} is too fine for {w.dtype}: an integer would be {most}; raise it")
     return *parts, float(damping)
+
+
+def of_outputs(g, w, name: str) -> Float[Array, " m"]:
+    """The importance of the outputs of W in its dtype; ValueError where it is none."""
+    g = jnp.asarray(g, w.dtype)
+    if g.shape != w.shape[:1] or not bool(jnp.all(jnp.isfinite(g) & (g >= 0))):
+        raise ValueError(f"{name}: the importance of its outputs must be {w.shape[0]} finite numbers >= 0, got "
+                         f"{g.shape} from {float(jnp.min(g, initial=0)):g} to {float(jnp.max(g, initial=0)):g}: do the "
+                         "gradients overflow?")
+    return g
 
 
 @partial(jax.jit, static_argnums=4)
@@ -475,17 +494,22 @@ def shard_rows(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray,
 
 @partial(jax.jit, static_argnums=(3, 4))
 @jax.default_matmul_precision("highest")
-def _compress(key, w, h, config, rows=None):
+def _compress(key, w, h, config, rows=None, g=None):
     with kernels.use("jax" if rows is not None else kernels.mode()):  # kernels are closed to automatic sharding
-        return _pipeline(key, w, h, config, rows)
+        return _pipeline(key, w, h, config, rows, g)
 
 
-def _pipeline(key, w, h, config, rows):
+def _pipeline(key, w, h, config, rows, g):
     rotate_key, key = jax.random.split(key)
+    outputs = None
+    if g is not None:
+        mean = jnp.where(jnp.mean(g) > 0, jnp.mean(g), 1)
+        outputs = jnp.sqrt(1 / jnp.maximum(g / mean, 1e-6)).astype(jnp.float16)
+        w = w / outputs.astype(w.dtype)[:, None]
     peak = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
     scale = peak * jnp.maximum(jnp.sqrt(jnp.mean((w / peak) ** 2)), 1e-6)  # no square leaves the range of the dtype
     rotated, h, rotation = incoherence.rotate(rotate_key, w / scale, h, config.rotation)
     if rows is not None:  # the rotation of the outputs mixes rows: spread them again
         rotated = lax.with_sharding_constraint(rotated, rows)
     decomposition, trace = caldera(key, rotated, hessian.factor(h, config.damping, config.block), config)
-    return pack(decomposition, rotation, config, scale), trace
+    return pack(decomposition, rotation, config, scale, outputs), trace

@@ -58,6 +58,14 @@ def test_a_budget_without_a_grid_of_fixed_rate_is_met_by_one_level(told, tmp_pat
     assert config.level == LevelConfig() and (config.bits, config.c) == (None, 0.01)
 
 
+def test_at_a_fixed_rate_importance_is_asked_for(told, tmp_path):
+    model = tiny.write_model(tmp_path / "model")
+    config = told(model, "--out", tmp_path / "out", "--importance", "fisher", "--importance-windows", "5",
+                  "--factor-rounding", "feedback")
+    assert (config.outputs, config.importance.windows, config.caldera.factor_rounding) == ("fisher", 5, "feedback")
+    assert told(model, "--out", tmp_path / "out", "--importance", "none").outputs == "alike"
+
+
 def test_of_free_rate_embedding_and_head_come_to_the_level_and_megabytes_are_of_the_whole_model(told, tmp_path):
     model = tiny.write_model(tmp_path / "model")
     weights = llama.all_weights(convert.load(model).config) - (2 * 2 + 1) * 24  # but the norms
@@ -87,6 +95,9 @@ def test_of_free_rate_embedding_and_head_come_to_the_level_and_megabytes_are_of_
     (["--bits", "2.3", "--q-bits", "2"], "--q-bits: of fixed rates, and with --bits each weight has a rate of its own"),
     (["--level", "1", "--rotation", "none", "--ranks", "8"], "--ranks, --rotation: of fixed rates"),
     (["--states", "8"], "--states: of one level for all weights"),
+    (["--importance", "fisher", "--states", "8"], "--states: of one level for all weights"),
+    (["--bits", "2", "--importance", "fisher"], "--importance: of fixed rates"),
+    (["--bits", "2", "--importance", "fisher", *FIXED], "outputs='fisher' is for one fixed rate"),
     (["--level", "1", *FIXED], "--level: of one level for all weights"),
     (["--bits", "2.3", "--states", "7"], "states must be one of 1, 4, 8"),
     (["--bits", "2.3", "--importance-windows", "0"], "importance_windows must be at least 1"),

@@ -99,6 +99,23 @@ def test_reported_errors_are_those_of_the_dense_replacement_against_the_undamped
             assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("rotation", ["hadamard", "none"])
+def test_outputs_by_importance_and_factors_with_feedback_make_a_run_like_any(finished, config, tmp_path, rotation):
+    best = dataclasses.replace(CALDERA, factor_rounding="feedback", downdate=True, rotation=rotation)
+    changed = dataclasses.replace(config, outputs="fisher", caldera=best)
+    row = compress(changed, out := tmp_path / "out")
+    assert recorded(artifact.read_manifest(out)["run"]["config"]) == changed
+    by_hand = 8 * sum(value.nbytes for file in sorted(out.glob("block_*"))
+                      for name, value in files.read_arrays(file).items() if "." in name)
+    assert sum(r["bits"] for r in row["layers"]) == by_hand > sum(r["bits"] for r in finished[1]["layers"]) * (
+        1 if rotation == "hadamard" else 0)
+    model, loaded = convert.load(config.model), artifact.load(out)
+    for name in llama.LINEARS:
+        w, found = (np.asarray(linear.dense(one.params["blocks"][0][name])) for one in (model, loaded))
+        assert np.linalg.norm(found - w) < 0.9 * np.linalg.norm(w)
+    assert "outputs" not in finished[1]["config"] and row["config"]["outputs"] == "fisher"
+
+
 def test_eval_from_disk_repeats_the_reported_perplexity(finished, capsys, monkeypatch):
     out, row = finished
     monkeypatch.setattr("sys.argv", ["caldera", "eval", str(out), "--processes", "0"])

@@ -181,6 +181,42 @@ def test_a_hessian_of_nothing_leaves_plain_rounding():
     assert float(jnp.linalg.norm(DENSE(compressed) - w) / jnp.linalg.norm(w)) < 0.3
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rotation", ["hadamard", "none"])
+def test_errors_count_by_the_importance_of_their_output_which_16_bits_store(rotation, dtype):
+    w, h = _problem(M, N, 3, dtype)
+    g = jnp.asarray(10.0 ** np.linspace(-2, 2, M), dtype)
+    config = replace(SCALAR, rotation=rotation)
+    alike, _ = cj.compress_matrix(KEY, w, h, config)
+    layer, trace = cj.compress_matrix(KEY, w, h, config, g=g)
+    each = lambda found: jnp.sum(((found - w) @ h) * (found - w), axis=1)
+    weighted = lambda found: float(jnp.sqrt(g @ each(found) / (g @ jnp.sum((w @ h) * w, axis=1))))
+    np.testing.assert_allclose(weighted(DENSE(layer)), trace.error[1:].min(), rtol=1e-4)
+    if rotation == "hadamard":  # without one, rows of unlike sizes share a grid
+        assert weighted(DENSE(layer)) < 0.8 * weighted(DENSE(alike))
+    assert layer.stored_bits - alike.stored_bits == 16 * M - (8 * -(-M // 8) if rotation == "hadamard" else 0)
+    np.testing.assert_allclose(APPLY(layer, np.eye(N, dtype=dtype)).T, DENSE(layer), atol=1e-5)
+    one, _ = cj.compress_matrix(KEY, w, h, config, g=1e-20 * g)  # of any size
+    np.testing.assert_allclose(DENSE(one), DENSE(layer), rtol=1e-6)
+    same, _ = cj.compress_matrix(KEY, w, h, config, g=np.full(M, 7.0))
+    np.testing.assert_allclose(DENSE(same), DENSE(alike), rtol=1e-6)
+
+
+def test_outputs_of_no_importance_do_no_harm():
+    w, h = _problem(M, N)
+    for g in (np.zeros(M), np.eye(M)[0]):
+        layer, trace = cj.compress_matrix(KEY, w, h, SCALAR, g=g)
+        assert bool(trace.finite) and np.isfinite(DENSE(layer)).all()
+
+
+@pytest.mark.parametrize(("g", "config", "message"), [
+    (-np.ones(M), SCALAR, "layer a: the importance of its outputs must be 12 finite numbers >= 0, got .12,. from -1"),
+    (np.full(M, np.nan), SCALAR, "finite numbers"), (np.ones(M), replace(SCALAR, rotation="orthogonal"), "has none")])
+def test_importance_that_is_none_is_refused_by_name(g, config, message):
+    with pytest.raises(ValueError, match=message):
+        cj.compress_matrix(KEY, *_problem(M, N), config, "layer a", g)
+
+
 @pytest.mark.parametrize(("shape", "rank"), [((1, 1), 0), ((1, 1), 1), ((1, 7), 1), ((7, 1), 1)])
 def test_the_smallest_layers_work(shape, rank):
     w, h = _problem(*shape)

@@ -87,10 +87,13 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
     free = bool(given) and algorithm.quantizer is None
     of_fixed = {"q_bits": q_bits, "factor_bits": factor_bits, **vars(budget), **vars(algorithm)}
     of_fixed.pop("damping")
+    weighed, of_layers = algorithm.importance == "fisher", dict(vars(algorithm))
+    of_layers.pop("importance")
+    of_one_level = {name: value for name, value in vars(one_level).items() if not (weighed and "importance" in name)}
     if free and (told := _flags(of_fixed)):
         raise ValueError(f"{told}: of fixed rates, and with {given[0]} each weight has a rate of its own: leave it "
                          "out, or add --quantizer e8p for fixed rates")
-    if not free and (told := _flags(vars(one_level) | {"level": level})):
+    if not free and (told := _flags(of_one_level | {"level": level})):
         raise ValueError(f"{told}: of one level for all weights: give --bits, --megabytes or --level, and no "
                          "--quantizer")
     if not given and (told := _flags(vars(budget))):
@@ -107,9 +110,9 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         base, model=model, bos=texts.bos, token_cap=texts.token_cap, activations=texts.activations, blocks=blocks,
         seed=seed, hessians=texts.hessians,
         caldera=override(base.caldera, rank=None if free else rank, q_bits=q_bits, factor_bits=factors,
-                         **vars(algorithm)),
+                         **of_layers),
         bits=bits if megabytes is None else 1.0,  # until weights are counted
-        **vars(budget), level=of_level, c=level,
+        **vars(budget), level=of_level, c=level, outputs="fisher" if weighed else None,
         importance=override(base.importance, **estimate),
         calibration=override(base.calibration, **tokens("calibration")),
         evaluation=override(base.evaluation, **tokens("evaluation")))

@@ -7,7 +7,7 @@ writes them; process 0 writes what belongs to all (``run.Run``).
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,8 +81,9 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
     job = Work(config, model, run, clock, run.work / "moments" if kept is None else kept / run.moments_hash)
     inputs = calibration.Inputs(model.config, model.params if sequential else dense, tokens, sequential, config.cap)
     metrics, known, of_layers = level.Metrics({}, {}), {}, {}
-    if config.level is not None:
+    if config.level is not None or config.outputs == "fisher":
         metrics = level.importance(job, tokens, run.work if kept is None else job.folder)
+    if config.level is not None:
         if config.bits:
             few = config.importance.of(tokens, len(data.named(config.calibration.text)))
             first = job._replace(folder=run.work / "first" if kept is None else kept / moments_hash(
@@ -106,7 +107,7 @@ def _blocks(config: RunConfig, model: Model, tokens: np.ndarray, run: Run, clock
                 level.compress(job, index, bar, metrics, known)
             else:
                 with clock.stage("compress"):
-                    job.each([index], bar, partial(_layer, job, of_layers))
+                    job.each([index], bar, partial(_layer, job, of_layers, metrics.g))
                     run.wait(job.paths([index]))
             _drop(job, kept, index)
             run.remember("clock", clock.stages)
@@ -150,7 +151,7 @@ def _drop(job: Work, kept: Path | None, index: int) -> None:
             calibration.spilled(job.folder, index, name).unlink(missing_ok=True)
 
 
-def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:
+def _layer(job: Work, of_layers: dict[str, Any], of_outputs: Mapping[str, np.ndarray], index: int, i: int) -> None:
     """Compress one layer at a fixed rate, as the plan says, and write it, unless it is finished."""
     path, config, run = job.path(index, i), job.config, job.run
     if run.layer(path) is not None:
@@ -160,7 +161,7 @@ def _layer(job: Work, of_layers: dict[str, Any], index: int, i: int) -> None:
     with job.clock.part() as part:
         given = job.given(index, i)
         key, w, h, *_ = given
-        layer, trace = compress_matrix(key, w, h, caldera, path)
+        layer, trace = compress_matrix(key, w, h, caldera, path, of_outputs.get(path))
         error, *achieved = (float(x) for x in _errors(w, layer, h))
     row = record(path, layer, given, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part)
     if chosen is not None:

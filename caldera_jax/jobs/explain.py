@@ -110,6 +110,7 @@ def of_layer(layer: CompressedLinear, w: Float[np.ndarray, "m n"], h: Float[np.n
 @jax.jit
 def _rotated(layer, w, h):
     rotation, (m, n) = layer.sides(w.dtype), w.shape
+    rotation = rotation._replace(left=incoherence.reciprocal(rotation.left))
     shapes = (m, n), (m, layer.rank), (layer.rank, n)
     parts = (jnp.zeros(shape) if part is None else part for part, shape in zip(layer.rotated(), shapes, strict=True))
     return incoherence.rotate_weight(rotation, w), incoherence.rotate_hessian(rotation.right, h), *parts

@@ -44,6 +44,10 @@ class Algorithm:
     factor_rounding: Annotated[Literal["nearest", "feedback"] | None,
                                arg(metavar="{nearest,feedback}", help_behavior_hint="")] = None
     """of L and R: to the nearest, as in the paper, or with feedback, after which the downdate mostly helps."""
+    importance: Annotated[Literal["fisher", "none"] | None,
+                          arg(metavar="{fisher,none}", help_behavior_hint="")] = None
+    """of outputs: by the gradients of the loss, or all alike, as in the paper; 16 bits an output. With free rates they
+    always count so."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """All that decides the result of a run, and what follows from it alone."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -45,6 +45,8 @@ class RunConfig:
     bos: windows of calibration and evaluation begin with the model's BOS, which takes the place of their last token.
     tables: embedding and head as they are ("dense"), at the level of the layers, or with 8 or 4 bits a weight and a
     scale a row.  counted: what ``bits`` is of, the linear layers alone or the tables, too.
+    outputs: at a fixed rate, whether the errors of all outputs of a layer count alike, as in the paper, or by their
+    ``importance``, as they do at a level.
     token_cap: how much of one token counts in the Moments (``hessian.update``); 0: all of it, as in the paper.
     hessians: a directory of Hessians as the authors released them, instead of calibrating.
     blocks: compress only the first so many blocks (None: all).  activations: take the Moments on the dense model, as
@@ -76,6 +78,7 @@ class RunConfig:
     token_cap: float = 1e4
     tables: Literal["dense", "level", "8", "4"] = "dense"
     counted: Literal["layers", "model"] = "layers"
+    outputs: Literal["alike", "fisher"] = field(default="alike", metadata={"later": True})
 
     def __post_init__(self):
         if self.activations not in ("dense", "compressed"):
@@ -110,6 +113,11 @@ class RunConfig:
         if self.counted == "model" and self.tables == "dense":
             raise ValueError("a budget of the whole model leaves embedding and head not dense: add --tables level, 8 "
                              "or 4, or count the layers alone")
+        if self.outputs not in ("alike", "fisher"):
+            raise ValueError(f"outputs must be 'alike' or 'fisher', got {self.outputs!r}")
+        if self.outputs == "fisher" and (self.level is not None or self.bits is not None):
+            raise ValueError("outputs='fisher' is for one fixed rate: at a level importance counts always, and a plan "
+                             "of fixed rates does not know it: give no bits and no level")
         if self.level is not None:
             return
         if self.bits is not None and self.activations == "compressed":
