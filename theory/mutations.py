@@ -202,6 +202,11 @@ MUTATIONS = (
         ("theory/dither.py", "(variance(codebook, targets) + bias**2)", "variance(codebook, targets)"),
         (CODEBOOKS, "return self.clip * _rms(x, real)", "return 8 * self.clip * _rms(x, real)")),
 
+    *of("factor_bits::test_the_package_with_feedback_leaves_less_noise_than_without",
+        (LPLR, "target = x[j] + lower[:, j] @ (x - q)", "target = x[j] - lower[:, j] @ (x - q)"),
+        (LPLR, "turn = jnp.linalg.qr(jax.random.normal(turn_key, (rank, rank), a.dtype))[0]",
+         "turn = jnp.eye(rank, dtype=a.dtype)")),
+
     *of("when_rank_pays::test_the_shares_predict_what_q_loses_and_the_feedback_how_much_it_widens",
         (OBJECTIVE, SQUARED, SQUARED.removesuffix(" ** 2")),
         (LDLQ, "lower = _pad_square(factors.lower, width)", "lower = _pad_square(factors.lower, width).T"),
