@@ -1,4 +1,5 @@
-"""Perplexity against stored bits on the whole of SmolLM2-135M: Q alone at 2, 3, 4 bits, and CALDERA at several ranks.
+"""Perplexity against stored bits on the whole of SmolLM2-135M: Q alone at 2, 3, 4 bits, CALDERA at several ranks, and
+with what the paper does not have: factors rounded with feedback, outputs that count by their importance.
 
     python experiments/whole_model.py [NAME ...]      # all; finished ones are skipped, interrupted ones go on
 
@@ -32,22 +33,28 @@ RUNS: dict[str, dict[str, Any]] = {  # what each changes of the default preset
     "q2_k32_downdate_10_passes": {"rank": 32, "downdate": True, "refine_passes": 10},
     "q2_k32_sequential": {"rank": 32, "activations": "compressed"},
 }
+BEYOND: dict[str, dict[str, Any]] = {  # the paper
+    "q2_fisher": {"rank": 0, "importance": "fisher"},
+    "q2_k32_feedback_downdate": {"rank": 32, "factor_rounding": "feedback", "downdate": True},
+    "q2_k32_feedback_downdate_fisher": {"rank": 32, "factor_rounding": "feedback", "downdate": True,
+                                        "importance": "fisher"},
+}
 
 
 def changes(name: str) -> dict[str, Any]:
     """What a run changes of the default preset, as ``caldera compress`` calls it; ValueError for an unknown run."""
-    if name not in RUNS:
-        raise ValueError(f"no run is called {name!r}: choose from {', '.join(RUNS)}")
-    return {"outer_iterations": 5, **RUNS[name]}
+    if name not in (every := RUNS | BEYOND):
+        raise ValueError(f"no run is called {name!r}: choose from {', '.join(every)}")
+    return {"outer_iterations": 5, **every[name]}
 
 
 def config(name: str) -> RunConfig:
     """The whole configuration of a run: tokens are not capped, as in the paper."""
     own = changes(name)
-    activations = own.pop("activations", "dense")
+    activations, importance = own.pop("activations", "dense"), own.pop("importance", "none")
     base = PRESETS["default"]
     return replace(base, model="smollm2-135m", caldera=replace(base.caldera, **own), activations=activations,
-                   token_cap=0.0)
+                   outputs="fisher" if importance == "fisher" else "alike", token_cap=0.0)
 
 
 def path_of(name: str) -> Path:
@@ -83,9 +90,10 @@ def run(name: str) -> None:
 
 
 def main(names: list[str]) -> None:
-    for name in names or RUNS:
+    names = names or [*RUNS, *BEYOND]
+    for name in names:
         config(name)  # an unknown name ends here, before any work
-    for name in names or RUNS:
+    for name in names:
         run(name)
         row = record(name)
         print(json.dumps({"run": name, **{key: row[key] for key in (
