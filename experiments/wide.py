@@ -37,11 +37,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "theory"))
 CAP = 100.0  # ``hessian.update``
 CHANGES = {"downdate": {"downdate": True}, "10 passes": {"refine_passes": 10},
            "downdate, 10 passes": {"downdate": True, "refine_passes": 10}, "no rotation": {"rotation": "none"}}
+BEYOND = {"feedback": {"factor_rounding": "feedback"},  # the paper; of factors of few bits
+          "feedback, downdate": {"factor_rounding": "feedback", "downdate": True}}
 
 
 @dataclass(frozen=True)
 class Config:
-    """One layer; ``middle``: the rank at which ``changes``, of CHANGES, are tried; ``budgets``: of the level."""
+    """One layer; ``middle``: the rank at which ``changes``, of CHANGES or BEYOND, are tried; ``budgets``: the level's."""
 
     model: str
     block: int
@@ -60,12 +62,12 @@ def runs(preset: str) -> list[Config]:
     """Middle, early and late block; three rotations of the middle one's layers with few weights and of the encoder's,
     one of the others."""
     if preset == "smoke":
-        return [Config("tiny-smoke", 0, "q", (4,), (4,), 4, ("downdate",), (3.0, 4.0), 8, 64, 0)]
+        return [Config("tiny-smoke", 0, "q", (4,), (4,), 4, ("downdate", *BEYOND), (3.0, 4.0), 8, 64, 0)]
     budgets = (2.0, 2.25, 2.5, 3.0, 4.0, 5.0)
     return [Config(encoder.NAME, 6, layer, (32, 64, 128), (2, 4, 16), 64, tuple(CHANGES), budgets, 32, 512, seed)
             for layer in encoder.LINEARS for seed in range(3)] + [
-        Config("qwen2.5-coder-1.5b", block, layer, (64, 128, 256), (2, 4, 16), 128, tuple(CHANGES), budgets, 32, 512,
-               seed) for block in (14, 2, 26) for layer in llama.LINEARS
+        Config("qwen2.5-coder-1.5b", block, layer, (64, 128, 256), (2, 4, 16), 128, (*CHANGES, *BEYOND), budgets, 32,
+               512, seed) for block in (14, 2, 26) for layer in llama.LINEARS
         for seed in range(3 if block == 14 and layer in "qkvo" else 1)]
 
 
@@ -88,9 +90,10 @@ def settings(config: Config, shape: tuple[int, int]) -> Iterator[tuple[str, Cald
     for rank in (rank for rank in config.ranks if rank <= min(shape)):
         for bits in config.factor_bits:
             yield f"k = {rank}, {bits}", base(rank=rank, factor_bits=bits)
-            if rank == config.middle and bits > 2:
-                yield from ((f"k = {rank}, {bits}, {name}", base(rank=rank, factor_bits=bits, **CHANGES[name]))
-                            for name in config.changes)
+            if rank == config.middle:
+                yield from ((f"k = {rank}, {bits}, {name}", base(rank=rank, factor_bits=bits,
+                                                                 **(CHANGES | BEYOND)[name]))
+                            for name in config.changes if (bits < 16 if name in BEYOND else bits > 2))
 
 
 def measure(config: Config) -> Result:
@@ -252,7 +255,10 @@ CLAIMS = {"share": ("the leading directions hold more of ‖W H^½‖² than of 
           "rank": ("the error falls with rank (over that of the rank before, 4-bit factors)", "lower"),
           "rounds": ("the outer iterations lower it (last round over first)", "lower"),
           "downdate": ("the downdate lowers it", "lower"), "10 passes": ("ten passes after LDLQ lower it", "lower"),
-          "downdate, 10 passes": ("both do", "lower"), "no rotation": ("leaving the rotation out raises it", "higher"),
+          "downdate, 10 passes": ("both do", "lower"),
+          "feedback": ("rounding the factors with feedback lowers it", "lower"),
+          "feedback, downdate": ("the downdate beside that does", "lower"),
+          "no rotation": ("leaving the rotation out raises it", "higher"),
           "alone": ("L R beside a 2-bit Q has less error than Q alone of its size", "lower"),
           "level": ("... than one level of its size", "lower"),
           "predicted": ("when_rank_pays predicts more than is measured", "lower")}
