@@ -43,7 +43,7 @@ BEYOND = {"feedback": {"factor_rounding": "feedback"},  # the paper; of factors 
 
 @dataclass(frozen=True)
 class Config:
-    """One layer; ``middle``: the rank that ``changes``, of CHANGES or BEYOND, are tried at; ``budgets``: the level's."""
+    """One layer; ``middle``: the rank at which ``changes``, of CHANGES or BEYOND, are tried; ``budgets``: of levels."""
 
     model: str
     block: int
