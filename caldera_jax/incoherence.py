@@ -78,9 +78,14 @@ def backward(side: Side, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"
     return _scale(side, transform(x, inverse=True))
 
 
-def reciprocal(side: Side) -> Side:
-    """The side whose ``forward`` undoes ``backward`` of this one: itself, unless its signs or scales are not ±1."""
-    return side if isinstance(side, tuple) and not _diagonal(side) else jax.tree.map(lambda x: 1 / x, side)
+def reciprocal(side: Side, dtype) -> Side:
+    """The side whose ``forward`` undoes ``backward`` of this one: itself, unless its signs or scales are not ±1.  What
+    a scale of 0 lost stays lost."""
+    def inverse(scale):
+        scale = scale.astype(dtype)
+        return 1 / jnp.where(scale == 0, 1, scale)
+
+    return side if isinstance(side, tuple) and not _diagonal(side) else jax.tree.map(inverse, side)
 
 
 def rotate(

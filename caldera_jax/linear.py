@@ -381,7 +381,8 @@ def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Ar
         if config.rotation == "orthogonal":
             raise ValueError(f"{name}: the importance of outputs is stored in place of signs, and "
                              "rotation='orthogonal' has none: use 'hadamard' or 'none'")
-        g = of_outputs(g, w, name)
+        g = np.asarray(g, np.float64)
+        g = of_outputs(g / (np.max(g, initial=0) or 1), w, name)  # of any size, also in float32
     compressed, trace = _compress(key, w, h, config, rows, g)
     if not bool(trace.finite):
         raise ValueError(f"{name}: no damping up to 1000 x the mean diagonal makes the Hessian positive definite, or "

@@ -54,7 +54,6 @@ def round_rows(x: Float[Array, "k m"], root: Float[Array, "k k"], grid: Codebook
     k, m = x.shape
     scale = fit_scale(grid, x)
     steps = jnp.broadcast_to(spread(grid, scale, m), (k, m))
-    steps = jnp.where(steps > 0, steps, 1)
     lower = root / jnp.diagonal(root)[None]
 
     def step(q, j):
@@ -80,9 +79,9 @@ def lplr_factorize(key: Key[Array, ""], a: Float[Array, "m n"], factors: Hessian
     least-squares step gains.
 
     ``rounding``: "nearest", as in the paper; or "feedback", which is not in it: R by LDLQ on H, L by ``round_rows`` on
-    R H Rᵀ.  L T, Tᵀ R are then as good a start for any rotation T, and a random one makes all rows of R alike and the d
-    of R H Rᵀ nearly so: L's rounding costs k (Π σᵢ²)^{1/k} at best where to the nearest it costs Σ σᵢ², σᵢ the singular
-    values of A H^½.  In the plain norm A − L R is as large as before.
+    R H Rᵀ.  L T, Tᵀ R are then as good a start for any rotation T, and a random one makes the rows of R alike and takes
+    the sum of the d of R H Rᵀ towards k (Π σᵢ²)^{1/k}, the least it can be, σᵢ the singular values of A H^½; to the
+    nearest L's rounding costs Σ σᵢ².  In the plain norm A − L R is about as large as before (theory/factor_bits.py).
     """
     a_h = (a @ factors.h if a_h is None else a_h) + factors.damping * a
     energy = jnp.sum(a_h * a)

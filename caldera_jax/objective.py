@@ -36,14 +36,14 @@ def relative_error(w: Float[Array | np.ndarray, "m n"], w_hat: Float[Array | np.
     return ratio(proxy_loss(w_hat - w, h), proxy_loss(w, h))
 
 
-def energies(a: Matrix, h: Matrix) -> Float[np.ndarray, " k"]:
+def energies(a: Matrix, h: Matrix | None = None) -> Float[np.ndarray, " k"]:
     """σᵢ²(A H^½), falling, min(m, n) of them; those beyond the k-th are the least loss of A less any L R of rank k.
 
-    Their differences from zero are lost below ε σ₁².  Host function, float64, O(m n (n + min(m, n))).
+    H = I where there is none.  Those below ε σ₁² are lost in rounding.  Host function, float64, O(m n²).
     """
-    a, h = np.asarray(a, np.float64), np.asarray(h, np.float64)
-    a = np.linalg.qr(a, mode="r") if len(a) > len(h) else a
-    return np.clip(np.linalg.eigvalsh(a @ h @ a.T)[::-1], 0, None)
+    a = np.asarray(a, np.float64)
+    a = np.linalg.qr(a, mode="r") if len(a) > a.shape[1] else a
+    return np.clip(np.linalg.eigvalsh((a if h is None else a @ np.asarray(h, np.float64)) @ a.T)[::-1], 0, None)
 
 
 def importance(raw: Float[np.ndarray, " m"], floor: float = 0.02, shrinkage: float = 0.1) -> Float[np.ndarray, " m"]:

@@ -131,13 +131,11 @@ def shares(config: Config, w: np.ndarray, h: np.ndarray) -> Result:
     """Of the energy of W, of W H^½, and of white weights in their place, in so many leading directions."""
     white = np.random.default_rng(config.seed).standard_normal(w.shape, np.float32)
     directions = dict.fromkeys((32, *config.ranks))
-    one = np.eye(len(h))
-
-    def share(a, h):
+    def share(a, h=None):
         energy = objective.energies(a, h)
         return [float(energy[:k].sum() / energy.sum()) for k in directions]
 
-    return {"directions": list(directions), "w": share(w, one), "white": share(white, one),
+    return {"directions": list(directions), "w": share(w), "white": share(white),
             "weighted": share(w, h), "white_weighted": share(white, h)}
 
 
@@ -257,7 +255,7 @@ CLAIMS = {"share": ("the leading directions hold more of ‖W H^½‖² than of 
           "downdate": ("the downdate lowers it", "lower"), "10 passes": ("ten passes after LDLQ lower it", "lower"),
           "downdate, 10 passes": ("both do", "lower"),
           "feedback": ("rounding the factors with feedback lowers it", "lower"),
-          "feedback, downdate": ("the downdate beside that does", "lower"),
+          "feedback, downdate": ("feedback and the downdate together do", "lower"),
           "no rotation": ("leaving the rotation out raises it", "higher"),
           "alone": ("L R beside a 2-bit Q has less error than Q alone of its size", "lower"),
           "level": ("... than one level of its size", "lower"),

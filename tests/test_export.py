@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from caldera_jax import LevelConfig, hadamard, level, linear
+from caldera_jax import CalderaConfig, LevelConfig, compress_matrix, hadamard, level, linear
 from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
 from caldera_jax.jobs import artifact, evaluate, export, generate
 from caldera_jax.kernels.matmul import Packed
@@ -133,6 +133,14 @@ def decoder():
     scope = {}
     exec(code, scope)
     return scope
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "none"])
+def test_the_decoder_in_the_docstring_reads_a_layer_whose_outputs_count_differently(rotation):
+    config = CalderaConfig(rank=2, outer_iterations=1, inner_iterations=1, rotation=rotation)
+    layer, _ = compress_matrix(jax.random.key(0), matrices.gaussian(12, 20), np.eye(20), config, g=np.arange(1.0, 13))
+    found = decoder()["weight"](artifact.layer_arrays(layer), json.loads(json.dumps(artifact.layer_meta(layer))))
+    assert_close(DENSE(layer), found, 20 * 2.0**-23)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(24, 576, 5), (576, 24, 16), (40, 28, 3), (64, 12, 1), (12, 20, 9),

@@ -196,8 +196,9 @@ def test_errors_count_by_the_importance_of_their_output_which_16_bits_store(rota
         assert weighted(DENSE(layer)) < 0.8 * weighted(DENSE(alike))
     assert layer.stored_bits - alike.stored_bits == 16 * M - (8 * -(-M // 8) if rotation == "hadamard" else 0)
     np.testing.assert_allclose(APPLY(layer, np.eye(N, dtype=dtype)).T, DENSE(layer), atol=1e-5)
-    one, _ = cj.compress_matrix(KEY, w, h, config, g=1e-20 * g)  # of any size
-    np.testing.assert_allclose(weighted(DENSE(one)), weighted(DENSE(layer)), rtol=0.05)
+    for size in (1e-200, 1e200):
+        one, _ = cj.compress_matrix(KEY, w, h, config, g=size * np.asarray(g, np.float64))
+        np.testing.assert_allclose(weighted(DENSE(one)), weighted(DENSE(layer)), rtol=0.05)
     same, _ = cj.compress_matrix(KEY, w, h, config, g=np.full(M, 7.0))
     np.testing.assert_allclose(DENSE(same), DENSE(alike), rtol=1e-4, atol=1e-6)
 

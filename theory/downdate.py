@@ -132,7 +132,7 @@ def predict(w: np.ndarray, factors: HessianFactors, rank: int, *factor_bits: int
 
 
 def inverted(lower: np.ndarray) -> np.ndarray:
-    """The inverse of a lower triangular matrix, a third of a general one's work."""
+    """The inverse of a lower triangular matrix."""
     return lapack.dtrtri(lower, lower=1)[0]
 
 

@@ -89,7 +89,7 @@ def noise_energy(root: np.ndarray, m: int, block: int, seed: int = 0) -> np.ndar
     """σᵢ²(η blockdiag(D)^½), falling, for one draw of η (it concentrates)."""
     eta, n = common.gaussian(m, len(root), seed), len(root)
     noise = np.concatenate([eta[:, j:j + block] @ root[j:j + block, j:j + block] for j in range(0, n, block)], axis=1)
-    return energies(noise, np.eye(n))
+    return energies(noise)
 
 
 def shares(w: np.ndarray, h: np.ndarray, damping: float, *ranks: int, block: int = 8) -> list[Shares]:
@@ -97,7 +97,7 @@ def shares(w: np.ndarray, h: np.ndarray, damping: float, *ranks: int, block: int
     damped = h + damping * np.eye(len(h))
     root, energy = np.linalg.cholesky(damped), float(np.sum((w @ damped) * w))
     noise, tail = len(w) * feedback_trace(damped, block) * np.mean(w**2) / energy, noise_energy(root, len(w), block)
-    best = regression.rank_constrained(jnp.asarray(w), jnp.asarray(root), max(ranks))  # holds those of lower rank
+    best = regression.rank_constrained(jnp.asarray(w), jnp.asarray(root), max(ranks, default=0))  # holds all lower ones
 
     def of(rank: int) -> Shares:
         low_rank = np.asarray(best.left[:, :rank] @ best.right[:rank])

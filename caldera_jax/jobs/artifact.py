@@ -20,6 +20,8 @@ are compressed, as a layer is: ``embed.q.codes``, and ``layers`` has ``embed``.
     left_side   uint8 [ceil(m / 8)]  U = T diag(s): a bit an output, the lowest first, 1 for s = -1
     right_side  uint8 [ceil(n / 8)]  V = T diag(s): the same for the inputs
 
+Where outputs count by their importance, ``left_side`` is float16 [m], the s themselves, which are not ±1; without a
+rotation ``left_side.0`` is, and there is no other side.
 Fine-tuned, ``left_side`` and ``right_side`` are float16 [m] and [n], the s themselves, and ``trained.0`` [r, m] and
 ``trained.1`` [r, n], bfloat16 or float32, are the first r rows of Lᵀ and R, those of the codes the others.
 
@@ -40,10 +42,10 @@ L [m, k] and R [k, n] are made as Z is, and ``layers`` has k as ``rank``.  Z is 
 
 Fine-tuned, ``left_side.0`` is float16 [m]: what the outputs are multiplied by.
 
-Bits: b / g a weight of Q; k (m + n) b / g of the grid of L and R; m + n signs; 32 a scale; what fills up rows.  With
-rotation "orthogonal" a side is the Kronecker product of float32 matrices ``left_side.0``, ``left_side.1``; with "none"
-it is missing and the identity.  ``layers`` of the manifest has, for ``blocks.0.q``, ``shape`` [m, n] and ``grids`` of
-Q, Lᵀ and R, with these kinds (c a code):
+Bits: b / g a weight of Q; k (m + n) b / g of the grid of L and R; m + n signs, or 16 m + n with importance; 32 a scale;
+what fills up rows.  With rotation "orthogonal" a side is the Kronecker product of float32 matrices ``left_side.0``,
+``left_side.1``; with "none" it is missing and the identity.  ``layers`` of the manifest has, for ``blocks.0.q``,
+``shape`` [m, n] and ``grids`` of Q, Lᵀ and R, with these kinds (c a code):
 
     E8P             g = 8, b = 16        e8p(c) below
     ResidualE8P     g = 8, b = 8 bits    bits 4: e8p(c >> 16) + e8p(c & 65535) / residual_scale
@@ -107,7 +109,8 @@ names and the ``layers`` entry ``meta``:
             h = np.kron([[1, 1], [1, -1]], h)
         order = 4 * n // power
         t = h if power == n else np.kron(h, goethals_seidel() if order == 172 else paley(order))
-        return t / np.sqrt(n) * (1.0 - 2 * np.unpackbits(signs, count=n, bitorder="little"))
+        bits = signs.dtype == np.uint8
+        return t / np.sqrt(n) * (1.0 - 2 * np.unpackbits(signs, count=n, bitorder="little") if bits else signs)
 
     def frequencies(spacing):  # of 4096: what is left of a share goes to the largest fractions
         ndtr = np.vectorize(lambda x: math.erfc(-x / math.sqrt(2)) / 2)
@@ -173,6 +176,8 @@ names and the ``layers`` entry ``meta``:
             return w * np.float64(arrays.get("left_side.0", np.ones(m)))[:, None]
         w = part(arrays, "q", grid, n)
         w = w + part(arrays, "left_t", left, m).T @ part(arrays, "right", right, n)
+        if "left_side" not in arrays:  # no rotation
+            return w * np.float64(arrays.get("left_side.0", np.ones(m)))[:, None]
         return side(arrays["left_side"], m).T @ w @ side(arrays["right_side"], n)
 
 A manifest of another format version, or of another program, is refused by ``read_manifest``, which says so.  Dense

@@ -63,7 +63,8 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         bits: budget: bits a weight that the compressed layers may store, everything counted. Each weight gets a rate of
             its own, all at one level that meets the budget. With --quantizer rates are fixed instead, and --rank,
             --q-bits and --factor-bits of every layer are chosen (with --preset paper add --downdate False).
-        megabytes: the same budget in 10^6 bytes; of free rate it is of the whole model.
+        megabytes: the same budget in 10^6 bytes; of free rate it is of the whole model, unless --counted, --tables
+            dense or fewer blocks (as of --preset smoke) say otherwise.
         level: the level itself, instead of a budget: the loss in nats goes with its square.
         rank: k of L R in every layer; 0 for Q alone, which is what --bits, --megabytes and --level take by themselves.
         q_bits: bits of Q: 2, 3 or 4 on the lattice, more on other grids; 0 for L R alone.
@@ -86,7 +87,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         raise ValueError(f"a budget of {megabytes} MB cannot be met: give a positive number")
     free = bool(given) and algorithm.quantizer is None
     of_fixed = {"q_bits": q_bits, "factor_bits": factor_bits, **vars(budget), **vars(algorithm)}
-    of_fixed.pop("damping")
+    of_fixed = {name: value for name, value in of_fixed.items() if name not in ("damping", "importance")}
     weighed, of_layers = algorithm.importance == "fisher", dict(vars(algorithm))
     of_layers.pop("importance")
     of_one_level = {name: value for name, value in vars(one_level).items() if not (weighed and "importance" in name)}
@@ -95,7 +96,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
                          "out, or add --quantizer e8p for fixed rates")
     if not free and (told := _flags(of_one_level | {"level": level})):
         raise ValueError(f"{told}: of one level for all weights: give --bits, --megabytes or --level, and no "
-                         "--quantizer")
+                         "--quantizer" + ", or --importance fisher" * ("importance" in told))
     if not given and (told := _flags(vars(budget))):
         raise ValueError(f"{told}: shares out a budget: give --bits or --megabytes, or leave it out")
     if given and not free and (told := _flags({"rank": rank, "q_bits": q_bits, "factor_bits": factor_bits})):

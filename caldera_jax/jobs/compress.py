@@ -161,7 +161,7 @@ def _layer(job: Work, of_layers: dict[str, Any], of_outputs: Mapping[str, np.nda
     with job.clock.part() as part:
         given = job.given(index, i)
         key, w, h, *_ = given
-        layer, trace = compress_matrix(key, w, h, caldera, path, of_outputs.get(path))
+        layer, trace = compress_matrix(key, w, h, caldera, path, of_outputs[path] if of_outputs else None)
         error, *achieved = (float(x) for x in _errors(w, layer, h))
     row = record(path, layer, given, error, float(trace.damping), [round(float(e), 6) for e in trace.error], part)
     if chosen is not None:

@@ -24,7 +24,10 @@ from caldera_jax.models.convert import Model
 
 
 class LayerTheory(NamedTuple):
-    """One layer: relative errors sqrt(loss / tr(W H Wᵀ)), H undamped; then bits a weight.  NaN where Q is off."""
+    """One layer: relative errors sqrt(loss / tr(W H Wᵀ)), H undamped; then bits a weight.  NaN where Q is off.
+
+    Of a layer whose outputs count by their importance all are in its own metric, W's rows scaled; the ``error`` of a
+    run's report counts outputs alike."""
 
     error: float  # measured
     floor: float  # least error of any unrounded L R of this rank beside the Q that is stored (Lemma 4.2)
@@ -110,10 +113,10 @@ def of_layer(layer: CompressedLinear, w: Float[np.ndarray, "m n"], h: Float[np.n
 @jax.jit
 def _rotated(layer, w, h):
     rotation, (m, n) = layer.sides(w.dtype), w.shape
-    rotation = rotation._replace(left=incoherence.reciprocal(rotation.left))
+    straight = incoherence.Rotation(*(incoherence.reciprocal(side, w.dtype) for side in rotation))
     shapes = (m, n), (m, layer.rank), (layer.rank, n)
     parts = (jnp.zeros(shape) if part is None else part for part, shape in zip(layer.rotated(), shapes, strict=True))
-    return incoherence.rotate_weight(rotation, w), incoherence.rotate_hessian(rotation.right, h), *parts
+    return incoherence.rotate_weight(straight, w), incoherence.rotate_hessian(rotation.right, h), *parts
 
 
 def layers(directory: Path, moments: Path | None = None

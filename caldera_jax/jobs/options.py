@@ -105,7 +105,8 @@ class Level:
     bit_price: Float = None
     """squared steps that a bit must save; left out: what is best at high rates."""
     importance_windows: Int = None
-    """of each calibration text, to find from gradients how much each output matters; 32 by default."""
+    """of each calibration text, to find from gradients how much each output matters; 32 by default. This and the next
+    two also with --importance fisher."""
     importance_floor: Float = None
     """the least importance of an output, in units of its layer's mean; 0.02 by default."""
     importance_shrinkage: Float = None

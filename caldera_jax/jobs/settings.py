@@ -116,8 +116,12 @@ class RunConfig:
         if self.outputs not in ("alike", "fisher"):
             raise ValueError(f"outputs must be 'alike' or 'fisher', got {self.outputs!r}")
         if self.outputs == "fisher" and (self.level is not None or self.bits is not None):
-            raise ValueError("outputs='fisher' is for one fixed rate: at a level importance counts always, and a plan "
-                             "of fixed rates does not know it: give no bits and no level")
+            raise ValueError("importance (outputs='fisher') is asked for at one fixed rate alone: at a level it counts "
+                             "always, and a plan of fixed rates does not know it: leave out --importance, or the "
+                             "budget")
+        if self.outputs == "fisher" and self.caldera.rotation == "orthogonal":
+            raise ValueError("the importance of outputs is stored in place of signs, and rotation='orthogonal' has "
+                             "none: use --rotation hadamard or none, or leave out --importance")
         if self.level is not None:
             return
         if self.bits is not None and self.activations == "compressed":

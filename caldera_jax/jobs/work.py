@@ -106,7 +106,8 @@ class Work(NamedTuple):
 
 def record(path: str, layer: CompressedLinear, given: Given | None, error: float, damping: float,
            half_steps: list[float], part: dict[str, float]) -> dict[str, Any]:
-    """What the report says of one layer.  ``bits``: all stored bits of the layer; ``error``: against the undamped H."""
+    """What the report says of one layer.  ``bits``: all stored bits of the layer; ``error``: against the undamped H,
+    all outputs alike; ``half_step_errors`` in the metric that was minimised, in which outputs may count differently."""
     (m, n), parts = layer.shape, layer.bits_of_parts()
     sizes, used = (m * n, m * layer.rank, n * layer.rank), (layer.q, layer.left_t, layer.right)
     q_bits, *factor_bits = (0 if part is None else bits / size if isinstance(part, Levelled) else
