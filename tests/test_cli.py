@@ -98,6 +98,7 @@ def test_of_free_rate_embedding_and_head_come_to_the_level_and_megabytes_are_of_
     (["--importance", "fisher", "--states", "8"], "--states: of one level for all weights"),
     (["--bits", "2", "--importance", "fisher"], "at a level it counts always"),
     (["--bits", "2", "--importance", "fisher", *FIXED], "leave out --importance, or the budget"),
+    (["--bits", "2", "--importance", "none"], "--importance: of fixed rates"),
     (["--importance-windows", "5"], "or --importance fisher"),
     (["--importance", "fisher", "--rotation", "orthogonal"], "use --rotation hadamard or none"),
     (["--level", "1", *FIXED], "--level: of one level for all weights"),

@@ -87,9 +87,10 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         raise ValueError(f"a budget of {megabytes} MB cannot be met: give a positive number")
     free = bool(given) and algorithm.quantizer is None
     of_fixed = {"q_bits": q_bits, "factor_bits": factor_bits, **vars(budget), **vars(algorithm)}
-    of_fixed = {name: value for name, value in of_fixed.items() if name not in ("damping", "importance")}
-    weighed, of_layers = algorithm.importance == "fisher", dict(vars(algorithm))
-    of_layers.pop("importance")
+    of_fixed.pop("damping")
+    of_layers = dict(vars(algorithm))
+    if weighed := of_layers.pop("importance") == "fisher":
+        of_fixed.pop("importance")  # RunConfig says why not
     of_one_level = {name: value for name, value in vars(one_level).items() if not (weighed and "importance" in name)}
     if free and (told := _flags(of_fixed)):
         raise ValueError(f"{told}: of fixed rates, and with {given[0]} each weight has a rate of its own: leave it "
