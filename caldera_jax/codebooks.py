@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxtyping import Float, Key, UInt
 from scipy.special import ndtri
 
-from caldera_jax import lattice
+from caldera_jax import bitshift, lattice
 from caldera_jax.kernels import e8p
 
 
@@ -26,7 +26,8 @@ class Codebook(Protocol):
 
     ``encode(x)`` takes [..., n] scaled weights, n a multiple of ``block``, to [..., n / block] unsigned codes of the
     nearest codewords; ``decode`` takes codes to values; ``round`` gives both from one search.  Only the dithered
-    quantizer uses ``key``.
+    quantizer uses ``key``.  A grid with ``down = True`` rounds and decodes the columns of [m, n], each as one
+    (``Trellis``): its codes are packed column by column.
     """
 
     @property
@@ -125,6 +126,52 @@ class ResidualE8P(_Values):
             second = lattice.e8_decode(low, x.dtype)
         codes = high.astype(jnp.uint32) << (8 * (self.bits - 2)) | low.astype(jnp.uint32)
         return first + second / self.residual_scale, codes
+
+
+@dataclass(frozen=True)
+class Trellis(_Codes):
+    """1 to 4 bits a weight, each weight a hash of the last log2 ``states`` bits of its sequence (``bitshift``): at 2
+    bits and 4096 states mean squared error 0.072 on a unit Gaussian, where E8P has 0.0915 and the limit is 0.0625.
+
+    Sequences run down the columns of a matrix, which are codes of their own (``down``): W[:, j] is rounded as one, so
+    that LDLQ feeds back column by column.  Columns of fewer than about 2 log2 ``states`` weights are rounded badly.
+    Scale: RMS / gain.
+    """
+
+    bits: int = 2
+    states: int = 4096
+    gain: float | None = None
+    group: ClassVar[int | None] = None
+    block: ClassVar[int] = 1
+    down: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 4:
+            raise ValueError(f"a trellis has 1 to 4 bits, got {self.bits}")
+        if self.states not in STATES:
+            raise ValueError(f"a trellis has {', '.join(map(str, STATES[:-1]))} or {STATES[-1]} states, got "
+                             f"{self.states}")
+
+    @property
+    def code_bits(self):
+        return self.bits
+
+    def scale(self, x, real):
+        return _rms(x, real) / (self.gain or GAINS[self.bits])
+
+    def encode(self, x, key=None):
+        def column(x):
+            return bitshift.encode(x.reshape(-1, bitshift.length(len(x))), self.bits, self.states).reshape(-1)
+
+        return lax.map(column, x.T).T
+
+    def decode(self, codes, dtype=jnp.float32):
+        apart = codes.T.reshape(codes.shape[1], -1, bitshift.length(len(codes)))
+        return bitshift.decode(apart, self.bits, self.states, dtype).reshape(codes.shape[::-1]).T
+
+
+STATES = tuple(2**i for i in range(8, 17))  # of a Trellis
+GAINS = {1: 1.12, 2: 0.98, 3: 0.92, 4: 0.9}  # of unit numbers over the trellis' own, best on a unit Gaussian
 
 
 @dataclass(frozen=True)
@@ -245,7 +292,7 @@ def by_bits(name: str, bits: int) -> Codebook:
     """The codebook of a family with that many bits a weight.
 
     ``e8p``: lattice at 2, 3 and 4 bits, scalar at 8, float16 at 16.  ``uniform``, ``dithered``: 1 to 16 bits.
-    ``nf``: 2 to 8.  Raises ValueError for a family or a number of bits that is not offered.
+    ``nf``: 2 to 8.  ``trellis``: 1 to 4.  Raises ValueError for a family or a number of bits that is not offered.
     """
     families = {
         "e8p": {2: E8P(), 3: ResidualE8P(3, gain=0.98, residual_scale=2.04), 4: ResidualE8P(4), 8: Uniform(8),
@@ -253,6 +300,7 @@ def by_bits(name: str, bits: int) -> Codebook:
         "uniform": {b: Uniform(b) for b in range(1, 17)},
         "dithered": {b: Dithered(b) for b in range(1, 17)},
         "nf": {b: NormalFloat(b) for b in range(2, 9)},
+        "trellis": {b: Trellis(b) for b in range(1, 5)},
     }
     if name not in families:
         raise ValueError(f"unknown quantizer {name!r}: choose from {', '.join(families)}, or pass a Codebook")
@@ -267,6 +315,11 @@ class Quantized(NamedTuple):
     values: Float[Array, "m n"]
     codes: UInt[Array, "m codes"]
     scale: Float[Array, "rows groups"]
+
+
+def down(grid: object) -> bool:
+    """Whether the codes of a grid run down the columns."""
+    return getattr(grid, "down", False)
 
 
 def fit_scale(codebook: Codebook, x: Float[Array, "m n"]) -> Float[Array, "rows groups"]:

@@ -1,7 +1,7 @@
 """CALDERA, Algorithm 1 of arXiv 2405.18886: W ≈ Q + LR by alternating LDLQ and LPLRFactorize."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Key
 
 from caldera_jax import hessian
-from caldera_jax.codebooks import Codebook, Quantized, by_bits, quantize
+from caldera_jax.codebooks import Codebook, Quantized, by_bits, down, quantize
 from caldera_jax.hessian import HessianFactors
 from caldera_jax.ldlq import ldlq
 from caldera_jax.lplr import LowRank, better, empty, lplr_factorize
@@ -23,7 +23,10 @@ class CalderaConfig:
 
     rank: k of L R; 0 for Q alone.  q_bits: 2, 3 or 4 for the lattice; 0 for L R alone.
     factor_bits: of L and R, or (left, right); 2, 3, 4 lattice, 8 scalar, 16 float16.
-    quantizer, factor_quantizer: a family by name (e8p, uniform, dithered, nf) or a Codebook, which then sets the bits.
+    quantizer, factor_quantizer: a family by name (e8p, uniform, dithered, nf; trellis, of Q alone) or a Codebook,
+        which then sets the bits.
+    draft: another family or Codebook for Q in all rounds; on its own grid Q is then rounded once, beside their best
+        L R, before a last half step of L R.  A trellis in all rounds takes long.
     outer_iterations, inner_iterations: all run, and the best half step is kept.
     order: "lr-first" as in the authors' scripts, or "q-first" as printed.
     downdate: the paper's Hessian update, Q ignores the directions that LR repairs.
@@ -50,6 +53,7 @@ class CalderaConfig:
     q_metric: Literal["data", "plain"] = "data"
     lr_metric: Literal["data", "plain"] = "data"
     factor_rounding: Literal["nearest", "feedback"] = field(default="nearest", metadata={"later": True})
+    draft: str | Codebook | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self):
         _one_of("order", self.order, ("lr-first", "q-first"))
@@ -70,7 +74,12 @@ class CalderaConfig:
             raise ValueError(f"factor_bits must be an integer or a tuple of two (L, R), got {self.factor_bits!r}")
         if not (self.q_grid or self.rank):  # q_grid raises for bits that are not offered
             raise ValueError("rank=0 and q_bits=0 leave nothing: switch on one of them")
-        _ = self.factor_grids  # raises for bits that are not offered
+        if any(map(down, self.factor_grids)):  # which raises for bits that are not offered
+            raise ValueError("a trellis is a grid of Q, whose columns are long: give factor_quantizer another family")
+        if self.draft is not None:
+            if not (self.q_grid and self.rank):
+                raise ValueError("draft is the grid of Q in the rounds, and Q or L R alone has none: leave it out")
+            _ = self.rounds
 
     @property
     def q_grid(self) -> Codebook | None:
@@ -86,6 +95,11 @@ class CalderaConfig:
             return self.factor_quantizer, self.factor_quantizer
         left, right = self.factor_bits if isinstance(self.factor_bits, tuple) else (self.factor_bits,) * 2
         return by_bits(self.factor_quantizer, left), by_bits(self.factor_quantizer, right)
+
+    @property
+    def rounds(self) -> "CalderaConfig":
+        """That of the rounds: with ``draft`` in place of the grid of Q."""
+        return self if self.draft is None else replace(self, quantizer=self.draft, draft=None)
 
     @property
     def block(self) -> int:
@@ -171,8 +185,11 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
     true H after every half step once both parts exist.  A half step of your own replaces either function; it has the
     signature of the one it replaces.  O(T m n (n + min(m, n))) for T outer iterations with exact SVD.  Pure: numeric
     failure shows in ``Trace.finite``.
+    With ``config.draft`` a round follows, of which the better half step is kept.
     Differs from the original in: 1. with L R off, W is never scaled in place; 2. scores use the undamped H.
     """
+    if config.draft is not None:
+        return _drafted(key, w, factors, config, quantize_step, factorize_step)
     w_h = w @ factors.h
     energy = jnp.sum(w_h * w)
 
@@ -214,6 +231,22 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
     rows = (row.reshape(-1, *row.shape[2:]) for row in rows)
     finite = factors.finite & jnp.isfinite(least) & jnp.all(jnp.isfinite(best.dense()))
     return best, Trace(*rows, factors.damping, finite)
+
+
+def _drafted(key, w, factors, config, quantize_step, factorize_step):
+    """All rounds with the draft's grid; then Q on its own, beside their best L R, and L R once more."""
+    of_draft = factors._replace(lower=hessian.block_ldl(factors.root, config.rounds.block))
+    (_, low_rank), trace = caldera(key, w, of_draft, config.rounds, quantize_step, factorize_step)
+    q_key, lr_key = (jax.random.fold_in(key, i) for i in range(2))
+    w_h = w @ factors.h
+    energy = jnp.sum(w_h * w)
+    q = quantize_step(q_key, w - low_rank.dense(), low_rank, factors, config)
+    q_h = q.values @ factors.h
+    again = factorize_step(lr_key, w - q.values, w_h - q_h, low_rank, factors, config)
+    first, second = (measure(w, w_h, energy, factors.h, q, q_h, part) for part in (low_rank, again))
+    low_rank, least = better(second[0] < first[0], (again, second[0]), (low_rank, first[0]))
+    rows = (jnp.concatenate([before, jnp.stack(last)]) for before, *last in zip(trace, first, second, strict=False))
+    return Decomposition(q, low_rank), Trace(*rows, trace.damping, trace.finite & jnp.isfinite(least))
 
 
 def measure(w, w_h, energy, h, q: Quantized | None, q_h, low_rank: LowRank | None):

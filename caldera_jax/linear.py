@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, Int8
 
-from caldera_jax import hessian, incoherence, kernels, levels
-from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, dequantize, quantize
+from caldera_jax import bitshift, hessian, incoherence, kernels, levels
+from caldera_jax.codebooks import E8P, Codebook, Quantized, ResidualE8P, Trellis, dequantize, down, quantize
 from caldera_jax.decompose import CalderaConfig, Decomposition, Trace, caldera
 from caldera_jax.incoherence import Rotation
 from caldera_jax.kernels import integers
-from caldera_jax.kernels.matmul import Packed, Rows, multiply
+from caldera_jax.kernels.matmul import Columns, Packed, Rows, multiply
 from caldera_jax.levels import Integers, LevelConfig, Levelled
 from caldera_jax.packing import pack as pack_codes
 from caldera_jax.packing import pack_signs, unpack, unpack_signs
@@ -92,7 +92,7 @@ class CompressedLinear:
 
     def rotated(self) -> tuple[Array | None, Array | None, Array | None]:
         """Q [m, n], L [m, k], R [k, n] decoded, in the rotated basis; None for a part that is off."""
-        q, right = (_decode(grid, part, self.shape[1]) for grid, part in
+        q, right = (_decode(grid, part, *self.shape[::-1]) for grid, part in
                     ((self.grids[0], self.q), (self.grids[2], self.right)))
         factors = [[part.astype(self.dtype) for part in (first, rest) if part is not None]
                    for first, rest in zip(self.trained or (None, None), (_left_t(self), right), strict=True)]
@@ -155,13 +155,16 @@ def size(tree) -> int:
     return sum(8 * math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _decode(grid, part, width):
+def _decode(grid, part, width, height=None):
+    """Rows of a part; ``height``: how many, of one whose codes run down the columns."""
     if part is None:
         return None
     if isinstance(part, Levelled):
         return part.dense(part.level.dtype)
-    count = -(-width // grid.block)
-    return dequantize(grid, unpack(jnp.asarray(part.codes), grid.code_bits, count), jnp.asarray(part.scale), width)
+    found = jnp.asarray(part.codes)
+    found = unpack(found, grid.code_bits, height).T if down(grid) else unpack(found, grid.code_bits,
+                                                                              -(-width // grid.block))
+    return dequantize(grid, found, jnp.asarray(part.scale), width)
 
 
 def apply(weight: Array | np.ndarray | CompressedLinear,
@@ -195,7 +198,7 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
         y = y * (a / size).astype(x.dtype)[None]
         y = y if right is None else y + multiply(rotated, (None, left_t, right), stages, m)
     else:
-        q = weight.q if stages[0] or weight.q is None else _rows(weight.grids[0], weight.q, n)
+        q = weight.q if stages[0] or weight.q is None else _tiles(weight.grids[0], weight.q, m, n)
         y = multiply(rotated, (q, left_t, right), stages, m)
     if weight.trained is not None:
         left_t, right = (jnp.asarray(factor).astype(x.dtype) for factor in weight.trained)
@@ -310,8 +313,10 @@ def rows(weight: Array | np.ndarray | CompressedLinear, places: Int[Array | np.n
     at = jnp.clip(places.reshape(-1), 0, m - 1)
     if not isinstance(weight, CompressedLinear):
         found = jnp.asarray(weight)[at]
-    elif weight.q is None or weight.rank or jax.tree.leaves((weight.left_side, weight.right_side)):
-        raise ValueError("single rows are read of a weight that is Q alone, without rotation: this one has more")
+    elif (weight.q is None or weight.rank or jax.tree.leaves((weight.left_side, weight.right_side))
+          or down(weight.grids[0])):
+        raise ValueError("single rows are read of a weight that is Q alone, its rows coded by themselves, without "
+                         "rotation: this one has more")
     elif isinstance(q := weight.q, Bytes):
         q = Bytes(*map(jnp.asarray, q))
         z = q.integers[at].astype(q.a.dtype)
@@ -326,10 +331,24 @@ def rows(weight: Array | np.ndarray | CompressedLinear, places: Int[Array | np.n
     return jnp.where(inside[..., None], found.reshape(*places.shape, n), jnp.nan)
 
 
-def _rows(grid, part, n):
+def _tiles(grid, part, m, n):
     """Q on any grid, to be decoded where it is multiplied."""
+    if down(grid):
+        return _columns(grid, part, m)
     decode = lambda codes, scale=part.scale: _decode(grid, Packed(codes, scale), n)
     return Rows((part.codes,) if grid.group is None else tuple(part), decode)
+
+
+def _columns(grid, part, m):
+    """``_tiles`` of a grid that runs down the columns; a trellis' numbers as they come out of whole bytes."""
+    t, scale = bitshift.length(m), jnp.asarray(part.scale)
+    if type(grid) is Trellis and not t * grid.bits % 8:
+        in_units = lambda codes: bitshift.apart(codes.reshape(len(codes), m // t, -1), grid.bits, grid.states)
+        if (period := len(jax.eval_shape(in_units, part.codes) or ())):
+            decode = lambda codes: jnp.concatenate([one.reshape(len(codes), -1) for one in in_units(codes)], axis=1)
+            return Columns((part.codes,), decode, scale * jnp.asarray(bitshift.UNIT, scale.dtype), period)
+    return Columns((part.codes,), lambda codes: _decode(grid, Packed(codes, jnp.ones_like(scale)), len(codes), m).T,
+                   scale)
 
 
 def _stages(grid: Grid | None) -> tuple[float, ...] | None:
@@ -349,7 +368,9 @@ def pack(decomposition: Decomposition, rotation: Rotation, config: CalderaConfig
     grids = (config.q_grid, *config.factor_grids)
 
     def packed(part: Quantized | None, grid, unit):
-        return None if part is None else Packed(pack_codes(part.codes, grid.code_bits), part.scale * unit)
+        if part is None:
+            return None
+        return Packed(pack_codes(part.codes.T if down(grid) else part.codes, grid.code_bits), part.scale * unit)
 
     left_t, right = (None, None) if low_rank is None else low_rank
     one = jnp.ones((), scale.dtype)

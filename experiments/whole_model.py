@@ -1,5 +1,5 @@
 """Perplexity against stored bits on the whole of SmolLM2-135M: Q alone at 2, 3, 4 bits, CALDERA at several ranks, and
-with what the paper does not have: factors rounded with feedback, outputs that count by their importance.
+with what the paper does not have: factors rounded with feedback, outputs that count by their importance, a trellis.
 
     python experiments/whole_model.py [NAME ...]      # all; finished ones are skipped, interrupted ones go on
 
@@ -35,9 +35,14 @@ RUNS: dict[str, dict[str, Any]] = {  # what each changes of the default preset
 }
 BEYOND: dict[str, dict[str, Any]] = {  # the paper
     "q2_fisher": {"rank": 0, "importance": "fisher"},
+    "q2_trellis": {"rank": 0, "quantizer": "trellis"},
+    "q2_trellis_fisher": {"rank": 0, "quantizer": "trellis", "importance": "fisher"},
     "q2_k32_feedback_downdate": {"rank": 32, "factor_rounding": "feedback", "downdate": True},
     "q2_k32_feedback_downdate_fisher": {"rank": 32, "factor_rounding": "feedback", "downdate": True,
                                         "importance": "fisher"},
+    "q2_k32_trellis": {"rank": 32, "quantizer": "trellis", "draft": "e8p"},
+    "q2_k32_feedback_downdate_fisher_trellis": {"rank": 32, "factor_rounding": "feedback", "downdate": True,
+                                                "importance": "fisher", "quantizer": "trellis", "draft": "e8p"},
 }
 
 

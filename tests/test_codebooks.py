@@ -20,7 +20,8 @@ GRIDS = {"e8p": cj.E8P(), "e8p per group": cj.E8P(group=16), "residual 3": by_bi
          "residual 4": cj.ResidualE8P(4), "uniform 1": cj.Uniform(1), "uniform 4": cj.Uniform(4),
          "uniform 11": cj.Uniform(11), "clipped": cj.Uniform(3, clip=2.5), "per group": cj.Uniform(4, group=7),
          "nf4": cj.NormalFloat(4), "nf3 per 8": cj.NormalFloat(3, group=8), "float16": cj.Half(),
-         "bfloat16": cj.Half("bfloat16"), "dithered": cj.Dithered(4)}
+         "bfloat16": cj.Half("bfloat16"), "dithered": cj.Dithered(4), "trellis 2": cj.Trellis(2, 256),
+         "trellis 3": cj.Trellis(3, 512)}
 SCALARS = ("uniform 1", "uniform 4", "uniform 11", "clipped", "per group", "nf4", "nf3 per 8", "float16", "bfloat16")
 QUANTIZE = jax.jit(quantize, static_argnums=0)
 ROUND = jax.jit(lambda grid, x: grid.round(x), static_argnums=0)
@@ -203,13 +204,15 @@ def test_unknown_families_and_impossible_grids_are_refused():
     with pytest.raises(ValueError, match="unknown quantizer 'gptq': choose from e8p"):
         by_bits("gptq", 4)
     for wrong in (lambda: cj.Uniform(0), lambda: cj.Uniform(17), lambda: cj.NormalFloat(1), lambda: cj.Half("float8"),
-                  lambda: cj.ResidualE8P(2), lambda: cj.Dithered(17)):
+                  lambda: cj.ResidualE8P(2), lambda: cj.Dithered(17), lambda: cj.Trellis(5), lambda: cj.Trellis(0),
+                  lambda: cj.Trellis(2, 3000), lambda: cj.Trellis(2, 2**17)):
         with pytest.raises(ValueError, match="got"):
             wrong()
 
 
 @pytest.mark.parametrize(("family", "bits"), [("e8p", (2, 3, 4, 8, 16)), ("uniform", range(1, 17)),
-                                              ("dithered", range(1, 17)), ("nf", range(2, 9))])
+                                              ("dithered", range(1, 17)), ("nf", range(2, 9)),
+                                              ("trellis", range(1, 5))])
 def test_by_bits_gives_that_many_bits_a_weight(family, bits):
     for b in bits:
         grid = by_bits(family, b)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from caldera_jax import CalderaConfig, LevelConfig, compress_matrix, hadamard, level, linear
-from caldera_jax.codebooks import E8P, ResidualE8P, Uniform
+from caldera_jax.codebooks import E8P, ResidualE8P, Trellis, Uniform
 from caldera_jax.jobs import artifact, evaluate, export, generate
 from caldera_jax.kernels.matmul import Packed
 from caldera_jax.levels import Integers, Levelled
@@ -154,6 +154,15 @@ def test_the_decoder_in_the_docstring_reads_a_layer_from_its_file(tmp_path, m, n
     found = decoder()["weight"](arrays, meta)
     assert found.shape == (m, n) and found.dtype == np.float64
     assert_close(DENSE(layer), found, max(m, n) * 2.0**-23)
+
+
+@pytest.mark.parametrize(("m", "n", "bits", "rank"), [(384, 20, 2, 3), (40, 12, 3, 0), (13, 8, 1, 0), (578, 4, 4, 0)])
+def test_the_decoder_in_the_docstring_reads_a_trellis(m, n, bits, rank):
+    grid = Trellis(bits, 512)
+    config = CalderaConfig(rank=rank, quantizer=grid, outer_iterations=1, inner_iterations=1, rotation="none")
+    layer, _ = compress_matrix(jax.random.key(0), matrices.gaussian(m, n), np.eye(n), config)
+    found = decoder()["weight"](artifact.layer_arrays(layer), json.loads(json.dumps(artifact.layer_meta(layer))))
+    assert_close(DENSE(layer), found, 20 * 2.0**-23)
 
 
 @pytest.mark.parametrize(("m", "n", "rank", "states"), [(300, 40, 0, 8), (20, 90, 3, 8), (65, 10, 0, 1), (9, 9, 0, 64)])

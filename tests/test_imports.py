@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "caldera_jax"
 ORDER = """
-lattice trellis entropy packing hadamard kernels codebooks hessian objective incoherence ldlq regression lplr decompose
-levels linear allocate
+lattice bitshift trellis entropy packing hadamard kernels codebooks hessian objective incoherence ldlq regression lplr
+decompose levels linear allocate
 models.files models.families models.llama models.configuration models.tokenizer models.weights models.data
 models.convert
 jobs.report jobs.spread jobs.artifact jobs.settings jobs.export jobs.run jobs.calibration jobs.evaluate jobs.generate

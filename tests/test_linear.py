@@ -34,6 +34,8 @@ VARIANTS = {
     "left 16, right 4": cj.CalderaConfig(rank=RANK, factor_bits=(16, 4), rotation="orthogonal"),
     "8 bits": cj.CalderaConfig(rank=RANK, quantizer="uniform", q_bits=5, factor_bits=8, rotation="none"),
     "nf": cj.CalderaConfig(rank=RANK, quantizer="nf", q_bits=3, factor_quantizer=cj.NormalFloat(4, group=8)),
+    "trellis": cj.CalderaConfig(rank=RANK, quantizer=cj.Trellis(2, 256)),
+    "trellis of 3 bits": cj.CalderaConfig(rank=0, quantizer=cj.Trellis(3, 512), rotation="none"),
     "clipped groups": cj.CalderaConfig(rank=RANK, quantizer=cj.Uniform(2, clip=2.0, group=8), factor_bits=(2, 8))}
 
 
@@ -77,12 +79,14 @@ def test_packing_keeps_the_matrix_and_apply_multiplies_by_it_without_forming_it(
     ("left 16, right 4", 12 * 24 * 2 + 3 * 12 * 16 + 3 * 24 * 4 + 3 * 64 + (3**2 + 4**2 + 4**2 + 5**2) * 64),
     ("8 bits", 12 * 104 + 3 * (12 + 20) * 8 + 3 * 64),  # 20 codes of 5 bits are 100: 13 bytes
     ("nf", 12 * 64 + 3 * (12 + 20) * 4 + 64 * (12 + 3 * 2 + 3 * 3) + 16 + 24),  # 60 -> 8 bytes; groups of 64 and 8
+    ("trellis", 20 * 24 + 3 * (16 + 24) * 4 + 3 * 64 + 16 + 24),  # a row of bytes for each of 20 columns
+    ("trellis of 3 bits", 20 * 40 + 64),
     ("clipped groups", 12 * 40 + 3 * (16 * 2 + 20 * 8) + 64 * (12 * 3 + 2) + 16 + 24)])
 def test_stored_bits_are_those_counted_by_hand(name, bits):
     assert _random(VARIANTS[name])[0].stored_bits == bits
 
 
-@pytest.mark.parametrize("name", ["rank 0", "left 16, right 4"])
+@pytest.mark.parametrize("name", ["rank 0", "left 16, right 4", "trellis"])
 def test_a_compressed_layer_is_a_pytree_that_travels_through_jit_vmap_and_numpy(name):
     compressed, wanted = _random(VARIANTS[name])
     x = jnp.asarray(matrices.gaussian(4, N, 9))
@@ -287,12 +291,27 @@ def test_errors_of_compress_matrix_name_the_layer_and_the_remedy(w, h, config, s
 
 def _random_layer(grid, m=24, n=16, scale=0.02):
     """Q alone, of random codes."""
-    codes = np.random.default_rng(0).integers(0, 256, (m, n * grid.code_bits // 64), dtype=np.uint8)
+    shape = (n, m * grid.code_bits // 8) if isinstance(grid, cj.Trellis) else (m, n * grid.code_bits // 64)
+    codes = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     part = linear.Packed(jnp.asarray(codes), jnp.full((1, 1), scale, jnp.float32))
     return linear.CompressedLinear(part, None, None, (), (), (m, n), (grid, cj.Half(), cj.Half()))
 
 
-@pytest.mark.parametrize("grid", [cj.E8P(), by_bits("e8p", 4)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("m", "rows"), [(384, 1), (384, 300), (24, 5), (200, 3), (578, 2), (13, 9)])
+def test_apply_reads_a_trellis_as_dense_does_of_any_height(bits, m, rows):
+    """Whole bytes of several sequences, of one, codes that straddle bytes, and heights that no byte divides."""
+    grid, n = cj.Trellis(bits), 21
+    codes = np.random.default_rng(m).integers(0, 256, (n, -(-m * bits // 8)), np.uint8)
+    part = linear.Packed(jnp.asarray(codes), jnp.full((1, 1), 0.1, jnp.float32))
+    layer = linear.CompressedLinear(part, None, None, (), (), (m, n), (grid, cj.Half(), cj.Half()))
+    x = jnp.asarray(matrices.gaussian(rows, n), jnp.float32)
+    np.testing.assert_allclose(APPLY(layer, x), x @ DENSE(layer).T, atol=1e-5)
+    loss = lambda x: jnp.sum(cj.apply(layer, x) ** 2)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), 2 * (x @ DENSE(layer).T) @ DENSE(layer), atol=1e-3)
+
+
+@pytest.mark.parametrize("grid", [cj.E8P(), by_bits("e8p", 4), cj.Trellis(2)])
 def test_half_precision_does_not_overflow_before_the_scale(grid):
     """|x| |W| / scale is beyond float16 and |x| |W| is not."""
     layer = _random_layer(grid)

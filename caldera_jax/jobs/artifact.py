@@ -53,6 +53,8 @@ what fills up rows.  With rotation "orthogonal" a side is the Kronecker product 
     Uniform         g = 1, b = bits      2 c / (2^bits - 1) - 1; so has Dithered
     NormalFloat     g = 1, b = bits      level c of the sorted 2^bits: ``codebooks.NormalFloat.levels``
     Half            g = 1, b = 16        the bits of a float16 or bfloat16: ``format``
+    Trellis         b = bits             down the columns: ``q.codes`` is uint8 [n, bytes], a row for each column of Q,
+                                         cut into equal circles of bits: trellis(...) below
     Integers                             coded by a trellis of so many ``states``, above
 
 **T**, orthonormal of order n = 2^a q, q odd, is H ⊗ M / sqrt(n): Sylvester's H of order 2^a, and no M, if q = 1; else,
@@ -60,8 +62,8 @@ where 4 q is at most 256 and 4 | n, M of order 4 q by Paley's first construction
 (2 q - 1 prime), and H of order 2^a / 4.  Order 172, of n = 11008, is Goethals' and Seidel's, as below.  For other q,
 of which 13 is the least, ``hadamard.factor`` says what takes M's place.
 
-**To decode** a layer of grids E8P and ResidualE8P of 4 bits, or of Integers, with NumPy alone, from ``arrays`` by these
-names and the ``layers`` entry ``meta``:
+**To decode** a layer of grids E8P, Trellis and ResidualE8P of 4 bits, or of Integers, with NumPy alone, from ``arrays``
+by these names and the ``layers`` entry ``meta``:
 
     import itertools, math, numpy as np
 
@@ -102,6 +104,15 @@ names and the ``layers`` entry ``meta``:
         if grid["kind"] == "ResidualE8P":
             x = x + e8p(words[..., 0]) / grid["residual_scale"]
         return x.reshape(len(words), -1)[:, :width] * arrays[name + ".scale"]
+
+    def trellis(arrays, grid, m):  # a number is a hash of the bits that begin with its own
+        k, t = grid["bits"], min((d for d in range(192, m) if m % d == 0), default=m)
+        log = min(grid["states"].bit_length() - 1, t * k)
+        bits = np.unpackbits(arrays["q.codes"], axis=1, count=m * k, bitorder="little").reshape(-1, m // t, t * k)
+        state = bits[..., (k * np.arange(t)[:, None] + np.arange(log)) % (t * k)] @ (1 << np.arange(log))
+        word = (91540847 * state + 921920993) % 2**32
+        total = sum(word >> 8 * i & 255 for i in range(4)).reshape(-1, m)
+        return (total - 510).T / math.sqrt((256**2 - 1) / 3) * arrays["q.scale"]
 
     def side(signs, n):
         power, h = n & -n, np.ones((1, 1))
@@ -174,8 +185,9 @@ names and the ``layers`` entry ``meta``:
             of, k = lambda name, rows, columns: levelled(arrays, name, rows, columns, grid["states"]), meta.get("rank")
             w = of("q", m, n) + (of("left_t", m, k) @ of("right", k, n) if k else 0)
             return w * np.float64(arrays.get("left_side.0", np.ones(m)))[:, None]
-        w = part(arrays, "q", grid, n)
-        w = w + part(arrays, "left_t", left, m).T @ part(arrays, "right", right, n)
+        w = trellis(arrays, grid, m) if grid["kind"] == "Trellis" else part(arrays, "q", grid, n)
+        if "left_t.codes" in arrays:
+            w = w + part(arrays, "left_t", left, m).T @ part(arrays, "right", right, n)
         if "left_side" not in arrays:  # no rotation
             return w * np.float64(arrays.get("left_side.0", np.ones(m)))[:, None]
         return side(arrays["left_side"], m).T @ w @ side(arrays["right_side"], n)
@@ -198,6 +210,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from caldera_jax import codebooks, levels
+from caldera_jax.codebooks import down
 from caldera_jax.entropy import Classes, Stream
 from caldera_jax.jobs import report, spread
 from caldera_jax.levels import Coded, Integers, Levelled
@@ -206,13 +219,14 @@ from caldera_jax.models import convert, files, llama, tokenizer, weights
 from caldera_jax.models.convert import Model
 from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, Params
 from caldera_jax.models.weights import Block
+from caldera_jax.packing import row_bytes
 
 FORMAT = 4  # 1 had no trained signs and factors, 2 no integers of free rate, 3 no trained scales; all are read, too
 MANIFEST = "manifest.json"
 REST = "rest.safetensors"  # embedding, last norm and head
 TOKENIZER = "tokenizer.json"
 GRIDS = {kind.__name__: kind for kind in (codebooks.E8P, codebooks.ResidualE8P, codebooks.Uniform, codebooks.Dithered,
-                                          codebooks.NormalFloat, codebooks.Half, Integers)}
+                                          codebooks.NormalFloat, codebooks.Half, codebooks.Trellis, Integers)}
 PARTS = ("q", "left_t", "right")
 _DAMAGED = (ValueError, LookupError, TypeError, ArithmeticError)  # of arrays and grids that do not fit each other
 
@@ -322,7 +336,8 @@ def _check(layer: CompressedLinear) -> None:
         if isinstance(part := getattr(layer, name), Packed):
             if grid is None or isinstance(grid, Integers):
                 raise ValueError(f"{name} has codes, and its grid is {grid}")
-            wanted[name] = (rows, -(-(-(-width // grid.block) * grid.code_bits) // 8))
+            lines, count = (width, rows) if down(grid) else (rows, -(-width // grid.block))
+            wanted[name] = (lines, row_bytes(count, grid.code_bits))
             found[name] = part.codes.shape
             wanted[f"{name}.scale"] = (1, 1) if grid.group is None else (rows, -(-width // grid.group))
             found[f"{name}.scale"] = part.scale.shape

@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Float, Int32, UInt
+from jaxtyping import Float, Int32, Shaped, UInt
 
 from caldera_jax.kernels import compiler_params, dispatch, on_cpu, precision
 from caldera_jax.kernels.e8p import LANES, codeword_words, entry, lookup_in, nibbles
@@ -58,7 +58,18 @@ class Rows(NamedTuple):
     decode: Callable[..., Float[Array, "rows width"]]
 
 
-Part = Packed | Rows | Float[Array, "_ _"] | None  # packed, decoded already, or absent
+class Columns(NamedTuple):
+    """A matrix whose codes run down its columns: arrays with a row for each of its columns, and what makes of those the
+    columns themselves, as rows in units of ``scale``: first the entries 0, p, 2 p, … for a ``period`` p, then 1, p + 1,
+    … ."""
+
+    arrays: tuple[Array, ...]
+    decode: Callable[..., Shaped[Array, "columns height"]]
+    scale: Float[Array, "1 1"]
+    period: int = 1
+
+
+Part = Packed | Rows | Columns | Float[Array, "_ _"] | None  # packed, decoded already, or absent
 Parts = tuple[Part, Part, Part]  # rows of Q [m, n], of Lᵀ [k, m], of R [k, n]
 
 
@@ -76,8 +87,9 @@ def multiply(x: Float[Array, "b n"], parts: Parts, stages: tuple[Stages | None, 
              m: int) -> Float[Array, "b m"]:
     """x Qᵀ + (x Rᵀ) Lᵀ in the dtype of x; parts are Q, Lᵀ and R; stages say how each is packed, None that it is not.
 
-    Any m, n, k and b; a part that is None counts as zero, and Q may be ``Rows``.  Sums are float32; a half-precision x
-    meets weights rounded to its dtype, as in the reference.  What ``supported`` refuses goes to the reference.
+    Any m, n, k and b; a part that is None counts as zero, and Q may be ``Rows`` or ``Columns``.  Sums are float32; a
+    half-precision x meets weights rounded to its dtype, as in the reference.  What ``supported`` refuses goes to the
+    reference.
     """
     plain = partial(reference, stages=stages, m=m)
     if not supported(x, parts, stages):
@@ -115,6 +127,10 @@ def _times(x, part, stages, wide, tiles=1):
     """x Wᵀ for the rows W of a part, in so many tiles at least, summed and returned in the dtype ``wide``."""
     if isinstance(part, Rows):
         return _by_rows(x, part.arrays, lambda *rows: part.decode(*rows).astype(x.dtype), wide, tiles)
+    if isinstance(part, Columns):
+        y = _by_columns(x, part.arrays, lambda *columns: part.decode(*columns).astype(x.dtype), wide)
+        y = y.reshape(len(x), part.period, -1).transpose(0, 2, 1).reshape(len(x), -1)
+        return y * part.scale.astype(wide)
     if stages is None:
         return jnp.matmul(part.astype(x.dtype), x.T, preferred_element_type=wide).T
     codes = _bytes(part, stages, x.shape[1])
@@ -142,6 +158,17 @@ def _by_rows(x, arrays, decode, wide, tiles):
     product = lambda tile: jnp.matmul(decode(*tile), columns, preferred_element_type=wide)
     y = lax.map(jax.checkpoint(product), apart)
     return y.reshape(-1, columns.shape[1])[:rows, :b].T
+
+
+def _by_columns(x, arrays, decode, wide):
+    """x Vᵀ for Vᵀ = decode(*arrays), some columns of V after the others, in tiles as those of ``_by_rows``."""
+    (b, n), of = x.shape, jax.checkpoint(lambda x, *tile: jnp.matmul(x, decode(*tile), preferred_element_type=wide))
+    height = jax.eval_shape(decode, *arrays).shape[1]
+    bits = 26 if b >= MANY or not on_cpu() else 18
+    tile = -(-n // -(-n * height >> bits))
+    apart = tuple(_pad(array, tile, 1).reshape(-1, tile, array.shape[1]) for array in arrays)
+    xs = _pad(x, tile).reshape(b, -1, tile).transpose(1, 0, 2)
+    return lax.scan(lambda y, tile: (y + of(*tile), None), jnp.zeros((b, height), wide), (xs, *apart))[0]
 
 
 def _bytes(part, stages, width):
