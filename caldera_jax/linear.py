@@ -387,9 +387,10 @@ def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Ar
                     ) -> tuple[CompressedLinear, Trace]:
     """Compress one W [m, n] for inputs of second moment h [n, n]: normalise, rotate, factor, ``caldera``, pack.
 
-    ``g``: the importance of each output, of any size, which the paper does not know: the loss is then Σ g_i e_i H e_iᵀ
-    and so are the Trace's errors.  W's rows are scaled by √g before all else and back in the end, by numbers of 16 bits
-    in place of the left rotation's signs; g_i counts as at least 10⁻⁶ of the mean.
+    ``g``: the importance of each output, of any size, which the paper does not know: the loss is then Σ g_i e_i H e_iᵀ.
+    W's rows are scaled by s_i before all else, s_i² = √g_i / ‖W_i‖, and back in the end, by numbers of 16 bits in place
+    of the left rotation's signs: of all scales the best for a Q whose noise is spread over all rows alike
+    (theory/row_scales.py).  L R is found, and the Trace scored, with s_i² in place of g_i.
 
     ``h`` is symmetric positive semidefinite, in any units, not rotated.  One compilation per shape, dtype and config.
     Returns the layer and its Trace, whose errors are against h itself.  Rows of w that are spread over devices
@@ -514,6 +515,12 @@ def shard_rows(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray,
     return jax.device_put(w, NamedSharding(mesh, P("rows", None))), jax.device_put(h, NamedSharding(mesh, P()))
 
 
+def row_scales(g: Float[Array, " m"], energy: Float[Array, " m"]) -> Float[Array, " m"]:
+    """s_i² = √(g_i / energy_i) in units of their means, either of which counts as at least 10⁻⁶ of its own."""
+    floored = lambda a: jnp.maximum(a / jnp.where(jnp.mean(a) > 0, jnp.mean(a), 1), 1e-6)
+    return jnp.sqrt(floored(g) / floored(energy))
+
+
 @partial(jax.jit, static_argnums=(3, 4))
 @jax.default_matmul_precision("highest")
 def _compress(key, w, h, config, rows=None, g=None):
@@ -525,8 +532,8 @@ def _pipeline(key, w, h, config, rows, g):
     rotate_key, key = jax.random.split(key)
     outputs = None
     if g is not None:
-        mean = jnp.where(jnp.mean(g) > 0, jnp.mean(g), 1)
-        outputs = jnp.sqrt(1 / jnp.maximum(g / mean, 1e-6)).astype(jnp.float16)
+        outputs = 1 / jnp.sqrt(row_scales(g, jnp.mean((w / jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)) ** 2, axis=1)))
+        outputs = outputs.astype(jnp.float16)
         w = w / outputs.astype(w.dtype)[:, None]
     peak = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
     scale = peak * jnp.maximum(jnp.sqrt(jnp.mean((w / peak) ** 2)), 1e-6)  # no square leaves the range of the dtype

@@ -18,7 +18,7 @@ SCRIPTS = {"train_tiny.py": "train_tiny_tiny_*.json", "original.py": "original_b
            "speed.py": "speed_summary.json", "roofline.py": "roofline.json",
            "dry_run.py": "dry_run.json", "generation.py": "generation.json"}  # and the record that each writes last
 NAMES = ("spectra", "outer", "inner", "perplexity", "ablations", "frontier", "allocation", "level", "size",
-         "output_factor", "distillation", "recovery", "wide")
+         "output_factor", "distillation", "recovery", "trellis", "wide")
 
 
 def experiment(name: str) -> Experiment:

@@ -293,6 +293,10 @@ MUTATIONS = (
         (DIVERGENCE, "float(0.5 * jnp.mean(", "float(jnp.mean(")),
     *of("predicted_divergence::test_random_signs_lose_what_the_diagonal_of_the_fisher_information_says",
         (CALIBRATION, "np.asarray(square) / tokens.size", "np.asarray(square) / len(tokens)")),
+    *of("row_scales::test_the_package_scales_rows_so",
+        ("caldera_jax/linear.py", "jnp.sqrt(floored(g) / floored(energy))", "jnp.sqrt(floored(g) * floored(energy))")),
+    *of("row_scales::test_measured_losses_are_those_predicted",
+        ("theory/row_scales.py", "(1 - D) * np.mean(squares * e)", "np.mean(squares) * np.mean(e)")),
 )
 
 
