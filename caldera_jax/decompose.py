@@ -26,7 +26,7 @@ class CalderaConfig:
     quantizer, factor_quantizer: a family by name (e8p, uniform, dithered, nf; trellis, of Q alone) or a Codebook,
         which then sets the bits.
     draft: another family or Codebook for Q in all rounds; on its own grid Q is then rounded once, beside their best
-        L R, before a last half step of L R.  A trellis in all rounds takes long.
+        L R, before a last half step of L R.  A trellis in all rounds takes long.  Of no meaning without Q or L R.
     outer_iterations, inner_iterations: all run, and the best half step is kept.
     order: "lr-first" as in the authors' scripts, or "q-first" as printed.
     downdate: the paper's Hessian update, Q ignores the directions that LR repairs.
@@ -76,10 +76,7 @@ class CalderaConfig:
             raise ValueError("rank=0 and q_bits=0 leave nothing: switch on one of them")
         if any(map(down, self.factor_grids)):  # which raises for bits that are not offered
             raise ValueError("a trellis is a grid of Q, whose columns are long: give factor_quantizer another family")
-        if self.draft is not None:
-            if not (self.q_grid and self.rank):
-                raise ValueError("draft is the grid of Q in the rounds, and Q or L R alone has none: leave it out")
-            _ = self.rounds
+        _ = self.rounds  # raises for a draft that is not offered
 
     @property
     def q_grid(self) -> Codebook | None:
@@ -188,7 +185,7 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
     With ``config.draft`` a round follows, of which the better half step is kept.
     Differs from the original in: 1. with L R off, W is never scaled in place; 2. scores use the undamped H.
     """
-    if config.draft is not None:
+    if config.draft is not None and config.rank and config.q_grid:
         return _drafted(key, w, factors, config, quantize_step, factorize_step)
     w_h = w @ factors.h
     energy = jnp.sum(w_h * w)

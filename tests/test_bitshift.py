@@ -1,5 +1,6 @@
 """The bitshift trellis: states, numbers, and the best circle of bits."""
 
+import dataclasses
 import itertools
 import math
 
@@ -137,10 +138,19 @@ def test_a_draft_costs_little_of_what_a_trellis_in_all_rounds_wins():
     np.testing.assert_allclose(best["draft"], traces["draft"][6:].min(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("off", [{"rank": 0}, {"q_bits": 0}])
+def test_a_draft_means_nothing_without_rounds(off):
+    w, h = matrices.gaussian(16, 12), matrices.hessian("power", 12)
+    config = cj.CalderaConfig(rank=2, outer_iterations=2, inner_iterations=1)
+    plain, drafted = (COMPRESS(jax.random.key(0), w, h, dataclasses.replace(config, **more, **off))[0].dense()
+                      for more in ({}, {"draft": "uniform"}))
+    np.testing.assert_array_equal(plain, drafted)
+
+
 @pytest.mark.parametrize(("more", "said"), [
     ({"factor_quantizer": "trellis"}, "a trellis is a grid of Q"), ({"factor_quantizer": cj.Trellis(2)}, "grid of Q"),
-    ({"draft": "e8p", "rank": 0}, "draft is the grid of Q in the rounds"),
-    ({"draft": "e8p", "q_bits": 0}, "draft is the grid"), ({"draft": "gptq"}, "unknown quantizer 'gptq'"),
+    ({"draft": "gptq"}, "unknown quantizer 'gptq'"),
+    ({"draft": "e8p", "quantizer": cj.Trellis(1), "q_bits": 1}, "e8p is not offered at 1 bits"),
     ({"quantizer": "trellis", "q_bits": 5}, "trellis is not offered at 5 bits")])
 def test_what_a_trellis_or_a_draft_is_not_for_is_refused_by_name(more, said):
     with pytest.raises(ValueError, match=said):

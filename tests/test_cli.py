@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from caldera_jax import LevelConfig
+from caldera_jax import LevelConfig, codebooks
 from caldera_jax.jobs import cli, spread
 from caldera_jax.jobs.compress import Need
 from caldera_jax.jobs.options import Workers
@@ -64,6 +64,12 @@ def test_at_a_fixed_rate_importance_is_asked_for(told, tmp_path):
                   "--factor-rounding", "feedback")
     assert (config.outputs, config.importance.windows, config.caldera.factor_rounding) == ("fisher", 5, "feedback")
     assert told(model, "--out", tmp_path / "out", "--importance", "none").outputs == "alike"
+
+
+def test_a_trellis_and_its_draft_are_asked_for_by_name(told, tmp_path):
+    model = tiny.write_model(tmp_path / "model")
+    chosen = told(model, "--out", tmp_path / "out", "--quantizer", "trellis", "--draft", "e8p").caldera
+    assert (chosen.q_grid, chosen.rounds.q_grid) == (codebooks.Trellis(2), codebooks.E8P())
 
 
 def test_of_free_rate_embedding_and_head_come_to_the_level_and_megabytes_are_of_the_whole_model(told, tmp_path):

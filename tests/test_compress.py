@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from caldera_jax import CalderaConfig, hessian, linear
-from caldera_jax.jobs import artifact, calibration, cli, evaluate, explain, facts, finetune, report
+from caldera_jax.jobs import artifact, calibration, cli, evaluate, explain, facts, finetune, generate, report
 from caldera_jax.jobs import compress as compress_module
 from caldera_jax.jobs.compress import compress, memory_need
 from caldera_jax.jobs.run import Run
@@ -122,6 +122,20 @@ def test_outputs_by_importance_and_factors_with_feedback_make_a_run_like_any(fin
         wanted, found = (np.asarray(linear.dense(one)) for one in (layer, loaded.params["blocks"][0][name]))
         assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
     assert "outputs" not in finished[1]["config"] and row["config"]["outputs"] == "fisher"
+
+
+def test_a_trellis_makes_a_run_like_any(config, tmp_path, capsys, monkeypatch):
+    chosen = dataclasses.replace(CALDERA, quantizer="trellis", draft="e8p")
+    row = compress(changed := dataclasses.replace(config, caldera=chosen), out := tmp_path / "out")
+    assert recorded(artifact.read_manifest(out)["run"]["config"]) == changed
+    by_hand = 8 * sum(value.nbytes for file in sorted(out.glob("block_*"))
+                      for name, value in files.read_arrays(file).items() if "." in name)
+    assert sum(r["bits"] for r in row["layers"]) == by_hand
+    monkeypatch.setattr("sys.argv", ["caldera", "eval", str(out), "--processes", "0"])
+    cli.main()
+    assert f"perplexity {row['compressed_perplexity']:.4f}" in capsys.readouterr().out
+    told = [generate.run(out, ["to"], generate.Sampling(3), held).tokens for held in ("packed", "dense", "bytes")]
+    assert told[0] == told[1] == told[2]
 
 
 def test_eval_from_disk_repeats_the_reported_perplexity(finished, capsys, monkeypatch):
