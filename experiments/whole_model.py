@@ -37,6 +37,7 @@ BEYOND: dict[str, dict[str, Any]] = {  # the paper
     "q2_fisher": {"rank": 0, "importance": "fisher"},
     "q2_trellis": {"rank": 0, "quantizer": "trellis"},
     "q2_trellis_fisher": {"rank": 0, "quantizer": "trellis", "importance": "fisher"},
+    "q3_trellis_fisher": {"rank": 0, "q_bits": 3, "quantizer": "trellis", "importance": "fisher"},
     "q2_k32_feedback_downdate": {"rank": 32, "factor_rounding": "feedback", "downdate": True},
     "q2_k32_feedback_downdate_fisher": {"rank": 32, "factor_rounding": "feedback", "downdate": True,
                                         "importance": "fisher"},
