@@ -288,14 +288,17 @@ def bytewise(weight: Array | np.ndarray | CompressedLinear) -> bool:
 
 
 def alike(layers: Sequence[Array | np.ndarray | CompressedLinear]) -> list[Array | np.ndarray | CompressedLinear]:
-    """The same weights, those in ``Bytes`` with equally many columns: a program for one is one for all.  Host function.
-    """
+    """The same weights, those in ``Bytes`` with equally many columns and ranks: a program for one is one for all.  Host
+    function."""
     most = max((len(w.q.again) for w in layers if bytewise(w)), default=0)
+    rank = max((w.rank for w in layers if bytewise(w)), default=0)
 
     def widened(weight):
         q, more = weight.q, most - len(weight.q.again)
-        return dataclasses.replace(weight, q=q._replace(integers=np.pad(q.integers, ((0, 0), (0, more))),
-                                                        again=np.pad(q.again, (0, more))))
+        factors = weight.trained or tuple(np.zeros((0, size), weight.dtype) for size in weight.shape)
+        return dataclasses.replace(
+            weight, q=q._replace(integers=np.pad(q.integers, ((0, 0), (0, more))), again=np.pad(q.again, (0, more))),
+            trained=tuple(np.pad(part, ((0, rank - len(part)), (0, 0))) for part in factors) if rank else None)
 
     return [widened(w) if bytewise(w) else w for w in layers]
 
