@@ -68,7 +68,7 @@ def options(shape: tuple[int, int], config: CalderaConfig, ranks: Sequence[int] 
     """
     if not isinstance(config.quantizer, str):
         raise ValueError(f"a budget chooses the bits of Q, but the quantizer {config.quantizer!r} has its own: name a "
-                         "family (e8p, uniform, dithered, nf), or give no budget")
+                         "family (e8p, trellis, uniform, dithered, nf), or give no budget")
     ranks = grid(shape) if ranks is None else ranks
     if max(ranks) > min(shape):
         raise ValueError(f"rank {max(ranks)} exceeds min(m, n) = {min(shape)} of a layer {shape}: leave it out of the "

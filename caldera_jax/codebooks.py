@@ -26,8 +26,8 @@ class Codebook(Protocol):
 
     ``encode(x)`` takes [..., n] scaled weights, n a multiple of ``block``, to [..., n / block] unsigned codes of the
     nearest codewords; ``decode`` takes codes to values; ``round`` gives both from one search.  Only the dithered
-    quantizer uses ``key``.  A grid with ``down = True`` rounds and decodes the columns of [m, n], each as one
-    (``Trellis``): its codes are packed column by column.
+    quantizer uses ``key``.  A grid with ``down = True``, ``block`` 1 and ``group`` None rounds and decodes the columns
+    of [m, n], each as one (``Trellis``): its codes are packed column by column.
     """
 
     @property
@@ -130,12 +130,14 @@ class ResidualE8P(_Values):
 
 @dataclass(frozen=True)
 class Trellis(_Codes):
-    """1 to 4 bits a weight, each weight a hash of the last log2 ``states`` bits of its sequence (``bitshift``): at 2
-    bits and 4096 states mean squared error 0.072 on a unit Gaussian, where E8P has 0.0915 and the limit is 0.0625.
+    """1 to 4 bits a weight, each weight a hash of the log2 ``states`` bits that begin with its own (``bitshift``).
 
-    Sequences run down the columns of a matrix, which are codes of their own (``down``): W[:, j] is rounded as one, so
-    that LDLQ feeds back column by column.  Columns of fewer than about 2 log2 ``states`` weights are rounded badly.
-    Scale: RMS / gain.
+    At 2 bits and 4096 states mean squared error 0.072 on a unit Gaussian, where E8P has 0.0915 and the limit is 0.0625.
+    Sequences run down the columns of a matrix, which are codes of their own (``down``): LDLQ feeds back column by
+    column.  Columns of fewer than about 2 log2 ``states`` weights are rounded badly.  Scale: RMS / ``gain``; None: the
+    best on a unit Gaussian, or a little more.
+    Differs from QTIP (arXiv 2406.11235) in: 1. a sequence is of one column, not of a tile of 16 x 16, so that feedback
+    is scalar and any size goes; 2. a and b of the hash.
     """
 
     bits: int = 2
@@ -171,7 +173,7 @@ class Trellis(_Codes):
 
 
 STATES = tuple(2**i for i in range(8, 17))  # of a Trellis
-GAINS = {1: 1.12, 2: 0.98, 3: 0.92, 4: 0.9}  # of unit numbers over the trellis' own, best on a unit Gaussian
+GAINS = {1: 1.12, 2: 0.98, 3: 0.92, 4: 0.9}  # RMS of what is rounded, over that of the hash
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ class CalderaConfig:
     factor_bits: of L and R, or (left, right); 2, 3, 4 lattice, 8 scalar, 16 float16.
     quantizer, factor_quantizer: a family by name (e8p, uniform, dithered, nf; trellis, of Q alone) or a Codebook,
         which then sets the bits.
-    draft: another family or Codebook for Q in all rounds; on its own grid Q is then rounded once, beside their best
-        L R, before a last half step of L R.  A trellis in all rounds takes long.  Of no meaning without Q or L R.
+    draft: another family (with ``q_bits``) or Codebook for Q in all rounds but the last, which has Q on its own grid,
+        beside their best L R, and L R once more.  A trellis in all rounds takes long.  Of no meaning without Q or L R.
     outer_iterations, inner_iterations: all run, and the best half step is kept.
     order: "lr-first" as in the authors' scripts, or "q-first" as printed.
     downdate: the paper's Hessian update, Q ignores the directions that LR repairs.
@@ -66,7 +66,7 @@ class CalderaConfig:
                             ("damping", 0)):
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}; give a finite number")
-        for name in ("quantizer", "factor_quantizer"):
+        for name in ("quantizer", "factor_quantizer", *(["draft"] if self.draft is not None else [])):
             if not isinstance(getattr(self, name), str | Codebook):
                 raise ValueError(f"{name} must be the name of a family or a Codebook, got {getattr(self, name)!r}")
         pair = self.factor_bits if isinstance(self.factor_bits, tuple) else (self.factor_bits,) * 2
@@ -76,7 +76,10 @@ class CalderaConfig:
             raise ValueError("rank=0 and q_bits=0 leave nothing: switch on one of them")
         if any(map(down, self.factor_grids)):  # which raises for bits that are not offered
             raise ValueError("a trellis is a grid of Q, whose columns are long: give factor_quantizer another family")
-        _ = self.rounds  # raises for a draft that is not offered
+        if self.draft is not None and self.q_grid and self.rounds.q_grid == self.q_grid:
+            raise ValueError(f"draft is the grid of Q itself, {self.q_grid}: name another, or leave it out")
+        if self.draft is not None and self.rank and self.q_grid and self.outer_iterations < 2:
+            raise ValueError("a draft is for all rounds but the last, and outer_iterations=1 leaves none: give 2")
 
     @property
     def q_grid(self) -> Codebook | None:
@@ -95,8 +98,8 @@ class CalderaConfig:
 
     @property
     def rounds(self) -> "CalderaConfig":
-        """That of the rounds: with ``draft`` in place of the grid of Q."""
-        return self if self.draft is None else replace(self, quantizer=self.draft, draft=None)
+        """That of all rounds but the last: with ``draft`` in place of the grid of Q."""
+        return replace(self, quantizer=self.draft, draft=None, outer_iterations=max(1, self.outer_iterations - 1))
 
     @property
     def block(self) -> int:
@@ -122,7 +125,8 @@ class Decomposition(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What happened after each half step (s of them: L R, Q, L R, … or Q, L R, …); errors use the true, undamped H.
+    """What happened after each half step (s of them: L R, Q, L R, … or Q, L R, …, the round after a draft Q, L R);
+    errors use the true, undamped H.
 
     A part that is not there yet counts as zero.  ``damping`` is the damping used, in units of H's mean diagonal.
     """
@@ -182,7 +186,7 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
     true H after every half step once both parts exist.  A half step of your own replaces either function; it has the
     signature of the one it replaces.  O(T m n (n + min(m, n))) for T outer iterations with exact SVD.  Pure: numeric
     failure shows in ``Trace.finite``.
-    With ``config.draft`` a round follows, of which the better half step is kept.
+    With ``config.draft`` the better half step of the last round, Q first, is kept.
     Differs from the original in: 1. with L R off, W is never scaled in place; 2. scores use the undamped H.
     """
     if config.draft is not None and config.rank and config.q_grid:
@@ -231,10 +235,10 @@ def caldera(key: Key[Array, ""], w: Float[Array, "m n"], factors: HessianFactors
 
 
 def _drafted(key, w, factors, config, quantize_step, factorize_step):
-    """All rounds with the draft's grid; then Q on its own, beside their best L R, and L R once more."""
+    """All rounds but one with the draft's grid; then Q on its own, beside their best L R, and L R once more."""
     of_draft = factors._replace(lower=hessian.block_ldl(factors.root, config.rounds.block))
     (_, low_rank), trace = caldera(key, w, of_draft, config.rounds, quantize_step, factorize_step)
-    q_key, lr_key = (jax.random.fold_in(key, i) for i in range(2))
+    q_key, lr_key = (jax.random.fold_in(key, config.outer_iterations + i) for i in range(2))
     w_h = w @ factors.h
     energy = jnp.sum(w_h * w)
     q = quantize_step(q_key, w - low_rank.dense(), low_rank, factors, config)

@@ -44,9 +44,10 @@ class Bytes(NamedTuple):
 class CompressedLinear:
     """W [m, n] ≈ Uᵀ (Q + L R) V, everything packed; a pytree whose leaves are all that must be stored.
 
-    q: rows of Q.  left_t: rows of Lᵀ [k − r, m].  right: rows of R [k − r, n].  A part that is off is None.  A part of
-    free rate is ``Levelled``, of the whole L then, and kept as integers of 8 bits (16, 32 where one is larger); what is
-    stored of it is what ``levels.encode`` makes of it.  ``Bytes`` (``in_bytes``) is for products alone.
+    q: rows of Q, or its columns (``codebooks.down``).  left_t: rows of Lᵀ [k − r, m].  right: rows of R [k − r, n].  A
+    part that is off is None.  A part of free rate is ``Levelled``, of the whole L then, and kept as integers of 8 bits
+    (16, 32 where one is larger); what is stored of it is what ``levels.encode`` makes of it.  ``Bytes`` (``in_bytes``)
+    is for products alone.
     left_side, right_side: the rotations U of the outputs and V of the inputs: packed sign bits (randomized Hadamard),
     trained reals in their place, a tuple of orthogonal factors, or the empty tuple for none.
     trained: the first r rows of Lᵀ [r, m] and of R [r, n] as numbers, once they are trained; None before.
@@ -140,7 +141,7 @@ def _dense(weight):
 
 
 def codes(part: Packed | Levelled) -> Array | np.ndarray:
-    """Those of a part, a row for each of its rows."""
+    """Those of a part, a row for each of its rows, or for each column of a trellis."""
     return part.integers if isinstance(part, Levelled) else part.codes
 
 
@@ -179,6 +180,8 @@ def apply(weight: Array | np.ndarray | CompressedLinear,
     x, (m, n) = jnp.asarray(x), weight.shape
     if x.shape[-1] != n:
         raise ValueError(f"the weight is [{m}, {n}], so x needs a last axis of {n}; got shape {x.shape}")
+    if not x.size:
+        return jnp.zeros((*x.shape[:-1], m), x.dtype)
     rows = x.reshape(-1, n)
     if not isinstance(weight, CompressedLinear):
         w = jnp.asarray(weight)
@@ -288,17 +291,16 @@ def bytewise(weight: Array | np.ndarray | CompressedLinear) -> bool:
 
 
 def alike(layers: Sequence[Array | np.ndarray | CompressedLinear]) -> list[Array | np.ndarray | CompressedLinear]:
-    """The same weights, those in ``Bytes`` with equally many columns and ranks: a program for one is one for all.  Host
-    function."""
+    """The same weights, those in ``Bytes`` with equally many columns and a rank that is a power of two: few programs
+    run all of them.  Host function."""
     most = max((len(w.q.again) for w in layers if bytewise(w)), default=0)
-    rank = max((w.rank for w in layers if bytewise(w)), default=0)
 
     def widened(weight):
         q, more = weight.q, most - len(weight.q.again)
-        factors = weight.trained or tuple(np.zeros((0, size), weight.dtype) for size in weight.shape)
+        rank = 1 << (weight.rank - 1).bit_length() if weight.rank else 0
         return dataclasses.replace(
             weight, q=q._replace(integers=np.pad(q.integers, ((0, 0), (0, more))), again=np.pad(q.again, (0, more))),
-            trained=tuple(np.pad(part, ((0, rank - len(part)), (0, 0))) for part in factors) if rank else None)
+            trained=weight.trained and tuple(np.pad(part, ((0, rank - len(part)), (0, 0))) for part in weight.trained))
 
     return [widened(w) if bytewise(w) else w for w in layers]
 
@@ -380,7 +382,7 @@ def pack(decomposition: Decomposition, rotation: Rotation, config: CalderaConfig
     m, n = (left_t.values.shape[1], right.values.shape[1]) if q is None else q.values.shape
     sides = [pack_signs(side) if isinstance(side, jax.Array) else side for side in rotation]
     if outputs is not None:
-        sides[0] = outputs * rotation.left.astype(outputs.dtype) if config.rotation == "hadamard" else (outputs,)
+        sides[0] = outputs * rotation.left.astype(outputs.dtype)
     return CompressedLinear(packed(q, grids[0], scale), packed(left_t, grids[1], scale), packed(right, grids[2], one),
                             *sides, (m, n), grids)
 
@@ -392,20 +394,20 @@ def compress_matrix(key: Array, w: Float[Array | np.ndarray, "m n"], h: Float[Ar
 
     ``g``: the importance of each output, of any size, which the paper does not know: the loss is then Σ g_i e_i H e_iᵀ.
     W's rows are scaled by s_i before all else, s_i² = √g_i / ‖W_i‖, and back in the end, by numbers of 16 bits in place
-    of the left rotation's signs: of all scales the best for a Q whose noise is spread over all rows alike
+    of the left rotation's signs: the best scales for a Q whose noise the rotation spreads over all rows alike
     (theory/row_scales.py).  L R is found, and the Trace scored, with s_i² in place of g_i.
 
     ``h`` is symmetric positive semidefinite, in any units, not rotated.  One compilation per shape, dtype and config.
     Returns the layer and its Trace, whose errors are against h itself.  Rows of w that are spread over devices
     (``shard_rows``) stay so.
     Raises ValueError (naming ``name``) for shapes that do not fit, rank > min(m, n), NaN or infinities in w or h, an h
-    that no damping makes positive definite, a g below 0 or beside rotation="orthogonal", which has no signs.
+    that no damping makes positive definite, a g below 0 or without the Hadamard rotation.
     """
     w, h, rows = checked(w, h, config.rank, name)
     if g is not None:
-        if config.rotation == "orthogonal":
-            raise ValueError(f"{name}: the importance of outputs is stored in place of signs, and "
-                             "rotation='orthogonal' has none: use 'hadamard' or 'none'")
+        if config.rotation != "hadamard":
+            raise ValueError(f"{name}: rows are scaled for a rotation that spreads what Q loses over all alike, and "
+                             f"stored in place of its signs: use rotation='hadamard', got {config.rotation!r}")
         g = np.asarray(g, np.float64)
         g = of_outputs(g / (np.max(g, initial=0) or 1), w, name)  # of any size, also in float32
     compressed, trace = _compress(key, w, h, config, rows, g)
@@ -507,9 +509,10 @@ def shard_rows(w: Float[Array | np.ndarray, "m n"], h: Float[Array | np.ndarray,
                devices: Sequence[jax.Device] | None = None) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
     """w with its rows spread over the devices and h on each of them, for ``compress_matrix`` to work on in parallel.
 
-    Rows of W are independent given H: block LDLQ then needs no communication but one scale, and L R sums of [k, n] and
-    [k, m] an iteration.  What depends on H alone is done on every device, and so is the exact SVD, for which every
-    device holds all of A H^½ (svd="randomized" has no such part).  Uses as many of the devices (default: all) as divide
+    Rows of W are independent given H: block LDLQ then needs no communication but one scale (on a trellis more), and L R
+    sums of [k, n] and [k, m] an iteration.  What depends on H alone is done on every device, and so is the exact SVD,
+    for which every device holds all of A H^½ (svd="randomized" has no such part).  Uses as many of the devices
+    (default: all) as divide
     m.  Sums in another order round otherwise: the error agrees within 0.5 %, not the bytes.
     """
     devices = jax.devices() if devices is None else devices

@@ -1,4 +1,5 @@
-"""Trellis-coded integers: Ungerboeck's rate-1/2 trellises over Z, searched by the Viterbi algorithm.
+"""Trellis-coded integers: Ungerboeck's rate-1/2 trellises over Z, searched by the Viterbi algorithm.  (``bitshift`` has
+the trellis of fixed rate.)
 
 The integers mod 4 are four classes 2 z1 + z0.  A state allows one parity z0, the branch tells z1, and any integer of
 the class may be taken: to the coder a scalar grid of spacing 2, in many dimensions packed as if its spacing were less

@@ -124,7 +124,8 @@ def test_ldlq_on_a_trellis_has_less_error_than_on_e8p_of_as_many_bits():
     np.testing.assert_allclose(cj.relative_error(w, trellis.dense(), h), of_trellis.error[0], rtol=1e-6)
 
 
-def test_a_draft_costs_little_of_what_a_trellis_in_all_rounds_wins():
+def test_a_draft_wins_half_of_what_a_trellis_in_all_rounds_wins():
+    """Of as many rounds."""
     w = matrices.decaying(192, 48) + 0.1 * matrices.gaussian(192, 48)
     h, best, traces = matrices.hessian("power", 48), {}, {}
     for name, more in (("e8p", {}), ("trellis", {"quantizer": cj.Trellis(2, 1024)}),
@@ -132,10 +133,9 @@ def test_a_draft_costs_little_of_what_a_trellis_in_all_rounds_wins():
         config = cj.CalderaConfig(rank=4, outer_iterations=3, inner_iterations=2, **more)
         layer, trace = COMPRESS(jax.random.key(0), w, h, config)
         best[name], traces[name] = cj.relative_error(w, layer.dense(), h), trace.error
-    assert best["trellis"] < best["draft"] < best["e8p"]
-    np.testing.assert_array_equal(traces["draft"][:6], traces["e8p"])  # its rounds are those of e8p, to the bit
-    assert traces["draft"].shape == (8,)
-    np.testing.assert_allclose(best["draft"], traces["draft"][6:].min(), rtol=1e-6)
+    assert best["e8p"] - best["draft"] > 0.5 * (best["e8p"] - best["trellis"]) > 0.01 * best["e8p"]
+    assert traces["draft"].shape == traces["trellis"].shape == (6,)
+    np.testing.assert_allclose(best["draft"], traces["draft"][4:].min(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("off", [{"rank": 0}, {"q_bits": 0}])
@@ -149,7 +149,8 @@ def test_a_draft_means_nothing_without_rounds(off):
 
 @pytest.mark.parametrize(("more", "said"), [
     ({"factor_quantizer": "trellis"}, "a trellis is a grid of Q"), ({"factor_quantizer": cj.Trellis(2)}, "grid of Q"),
-    ({"draft": "gptq"}, "unknown quantizer 'gptq'"),
+    ({"draft": "gptq"}, "unknown quantizer 'gptq'"), ({"draft": "e8p"}, "draft is the grid of Q itself"),
+    ({"draft": "uniform", "outer_iterations": 1}, "give 2"),
     ({"draft": "e8p", "quantizer": cj.Trellis(1), "q_bits": 1}, "e8p is not offered at 1 bits"),
     ({"quantizer": "trellis", "q_bits": 5}, "trellis is not offered at 5 bits")])
 def test_what_a_trellis_or_a_draft_is_not_for_is_refused_by_name(more, said):

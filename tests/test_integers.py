@@ -93,13 +93,13 @@ def test_layers_of_one_name_become_alike_and_compute_the_same():
     assert linear.alike([dense, same[0]])[0] is dense
 
 
-def test_layers_of_unlike_ranks_become_alike():
+def test_layers_of_nearly_one_rank_become_alike():
     w, h = problem(24, 32)
     ready = [linear.in_bytes(compress_matrix(jax.random.key(0), w, h, CalderaConfig(
-        rank=rank, outer_iterations=1, inner_iterations=1, factor_bits=16))[0]) for rank in (0, 3, 5)]
+        rank=rank, outer_iterations=1, inner_iterations=1, factor_bits=16))[0]) for rank in (0, 5, 7, 1)]
     same = linear.alike(ready)
-    assert len({tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(one)) for one in same}) == 1
-    assert [one.rank for one in same] == [5, 5, 5]
+    assert len({tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(one)) for one in same}) == 3
+    assert [one.rank for one in same] == [0, 8, 8, 1]
     x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 32)), jnp.float32)
     for one, other in zip(same, ready, strict=True):
         np.testing.assert_allclose(linear.apply(one, x), linear.apply(other, x), atol=1e-5)

@@ -186,28 +186,25 @@ def test_a_hessian_of_nothing_leaves_plain_rounding():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("rotation", ["hadamard", "none"])
-def test_errors_count_by_the_importance_of_their_output_which_16_bits_store(rotation, dtype):
+def test_errors_count_by_the_importance_of_their_output_which_16_bits_store(dtype):
     w, h = _problem(M, N, 3, dtype)
     g = jnp.asarray(10.0 ** np.linspace(-2, 2, M), dtype)
-    config = replace(SCALAR, rotation=rotation)
-    alike, _ = cj.compress_matrix(KEY, w, h, config)
-    layer, trace = cj.compress_matrix(KEY, w, h, config, g=g)
+    alike, _ = cj.compress_matrix(KEY, w, h, SCALAR)
+    layer, trace = cj.compress_matrix(KEY, w, h, SCALAR, g=g)
     each = lambda found: jnp.sum(((found - w) @ h) * (found - w), axis=1)
     weighted = lambda found: float(jnp.sqrt(g @ each(found) / (g @ jnp.sum((w @ h) * w, axis=1))))
     scales = linear.row_scales(g, jnp.mean(w**2, axis=1))
     scored = jnp.sqrt(scales @ each(DENSE(layer)) / (scales @ jnp.sum((w @ h) * w, axis=1)))
     np.testing.assert_allclose(scored, trace.error[1:].min(), rtol=2e-3)  # they are stored in float16
-    if rotation == "hadamard":  # without one, rows of unlike sizes share a grid
-        assert weighted(DENSE(layer)) < 0.8 * weighted(DENSE(alike))
-    assert layer.stored_bits - alike.stored_bits == 16 * M - (8 * -(-M // 8) if rotation == "hadamard" else 0)
+    assert weighted(DENSE(layer)) < 0.8 * weighted(DENSE(alike))
+    assert layer.stored_bits - alike.stored_bits == 16 * M - 8 * -(-M // 8)
     np.testing.assert_allclose(APPLY(layer, np.eye(N, dtype=dtype)).T, DENSE(layer), atol=1e-5)
     for size in (1e-200, 1e200):
-        one, _ = cj.compress_matrix(KEY, w, h, config, g=size * np.asarray(g, np.float64))
+        one, _ = cj.compress_matrix(KEY, w, h, SCALAR, g=size * np.asarray(g, np.float64))
         np.testing.assert_allclose(weighted(DENSE(one)), weighted(DENSE(layer)), rtol=0.05)
     w = w / jnp.sqrt(jnp.mean(w**2, axis=1, keepdims=True))
-    same, _ = cj.compress_matrix(KEY, w, h, config, g=np.full(M, 7.0))  # rows alike in all keep their scale
-    np.testing.assert_allclose(DENSE(same), DENSE(cj.compress_matrix(KEY, w, h, config)[0]), rtol=1e-4, atol=1e-6)
+    same, _ = cj.compress_matrix(KEY, w, h, SCALAR, g=np.full(M, 7.0))  # rows alike in all keep their scale
+    np.testing.assert_allclose(DENSE(same), DENSE(cj.compress_matrix(KEY, w, h, SCALAR)[0]), rtol=1e-4, atol=1e-6)
 
 
 def test_outputs_of_no_importance_do_no_harm():
@@ -220,7 +217,9 @@ def test_outputs_of_no_importance_do_no_harm():
 
 @pytest.mark.parametrize(("g", "config", "message"), [
     (-np.ones(M), SCALAR, "layer a: the importance of its outputs must be 12 finite numbers >= 0, got .12,. from -1"),
-    (np.full(M, np.nan), SCALAR, "finite numbers"), (np.ones(M), replace(SCALAR, rotation="orthogonal"), "has none")])
+    (np.full(M, np.nan), SCALAR, "finite numbers"),
+    (np.ones(M), replace(SCALAR, rotation="orthogonal"), "use rotation='hadamard'"),
+    (np.ones(M), replace(SCALAR, rotation="none"), "got 'none'")])
 def test_importance_that_is_none_is_refused_by_name(g, config, message):
     with pytest.raises(ValueError, match=message):
         cj.compress_matrix(KEY, *_problem(M, N), config, "layer a", g)
@@ -299,6 +298,11 @@ def _random_layer(grid, m=24, n=16, scale=0.02):
     codes = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     part = linear.Packed(jnp.asarray(codes), jnp.full((1, 1), scale, jnp.float32))
     return linear.CompressedLinear(part, None, None, (), (), (m, n), (grid, cj.Half(), cj.Half()))
+
+
+@pytest.mark.parametrize("name", ["rank 0", "4 bits", "8 bits", "trellis"])
+def test_no_rows_give_no_rows(name):
+    assert APPLY(_random(VARIANTS[name])[0], jnp.zeros((0, N))).shape == (0, M)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

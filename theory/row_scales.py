@@ -1,21 +1,22 @@
 """At a fixed rate, behind a rotation, the best scales of rows are s_i² = √(g_i / e_i), and s_i² = g_i gains nothing.
 
 Statement (derived here).  Rows of W are scaled by s_i, rotated by a U that makes all entries alike, rounded by a code
-of fixed rate, rotated and scaled back.  e_i = ‖W_i‖² / n, and the loss is Σ_i g_i E_i H E_iᵀ.  D is the code's error on
-unit numbers, and each of its points is the mean of what is rounded to it, T the trace of LDLQ's D.  Then
-(1) loss = T m [(D − D²) mean(s² e) mean(g / s²) + D² mean(g e)].
-(2) It is least for s_i² = √(g_i / e_i): (D − D²) (mean √(g e))² + D² mean(g e) in the brackets, against
-    (D − D²) mean g mean e + D² mean(g e) for s = 1.
-(3) For s_i² = g_i, by which the code minimises the loss itself, it is D mean(g e): nothing is gained by importance that
+of fixed rate, rotated and scaled back.  e_i = ‖W_i‖² / n, and the loss is Σ_i g_i E_i H E_iᵀ.  c is the code's error on
+unit numbers, and each of its points is the mean of what is rounded to it; T is the trace of LDLQ's D.  Then
+(1) loss = T m [(c − c²) mean(s² e) mean(g / s²) + c² mean(g e)].
+(2) It is least for s_i² = √(g_i / e_i): (c − c²) (mean √(g e))² + c² mean(g e) in the brackets, against
+    (c − c²) mean g mean e + c² mean(g e) for s = 1.
+(3) For s_i² = g_i, by which the code minimises the loss itself, it is c mean(g e): nothing is gained by importance that
     is unrelated to size.
 (4) A code with a rate for each row, at high rate, has exp(mean log(g e)) in place of (mean √(g e))², the geometric mean
     of √(g e) in place of the arithmetic one.
 
 Assumptions.  U spreads rows of any size evenly (a randomized Hadamard transform does, nearly), so that what is rounded
-has the mean square mean(s² e) in every row; L R is off.
+has the mean square mean(s² e) in every row; L R is off.  E8P's points are such means
+nearly, and so are a trellis', at 2 bits.
 
-Proof.  (1) The error of such a code is −D times the number, and noise of D − D² that is not related to it.  The noise
-is of one size in all rows, also after Uᵀ, and divided by s_i: mean(s² e) / s_i².  The rest is −D times the row itself,
+Proof.  (1) The error of such a code is −c times the number, and noise of c − c² that is not related to it.  The noise
+is of one size in all rows, also after Uᵀ, and divided by s_i: mean(s² e) / s_i².  The rest is −c times the row itself,
 whatever its scale.  The columns weigh both by LDLQ's D (``ldlq_identity.py``).  (2) Cauchy and Schwarz: mean(s² e)
 mean(g / s²) >= (mean √(g e))², with equality for s² e ∝ g / s².  (3) is (1).  (4) Each row by itself has the error
 e_i 4^(−b_i), and Σ b_i is fixed: ``level_steps.py``.
@@ -50,12 +51,12 @@ class Config:
     seed: int = 0
 
 
-D = rounding_error(E8P())
+C = rounding_error(E8P())
 
 
 def ratio(g: np.ndarray, e: np.ndarray, squares: np.ndarray) -> float:
     """The loss of scales with these s² over that of s = 1, by (1)."""
-    lost = lambda squares: (1 - D) * np.mean(squares * e) * np.mean(g / squares) + D * np.mean(g * e)
+    lost = lambda squares: (1 - C) * np.mean(squares * e) * np.mean(g / squares) + C * np.mean(g * e)
     return float(lost(squares) / lost(np.ones(len(g))))
 
 
@@ -128,9 +129,9 @@ def test_no_scales_do_better_than_the_best_and_a_common_factor_does_nothing():
     rng = np.random.default_rng(1)
     g, e = np.exp(rng.standard_normal((2, 64)))
     least = ratio(g, e, best(g, e))
-    own = D * np.mean(g * e)
-    assert least == pytest.approx(((1 - D) * np.mean(np.sqrt(g * e)) ** 2 + own)
-                                  / ((1 - D) * np.mean(g) * np.mean(e) + own), rel=1e-12)
+    own = C * np.mean(g * e)
+    assert least == pytest.approx(((1 - C) * np.mean(np.sqrt(g * e)) ** 2 + own)
+                                  / ((1 - C) * np.mean(g) * np.mean(e) + own), rel=1e-12)
     assert ratio(g, e, 7 * best(g, e)) == pytest.approx(least, rel=1e-12)
     for _ in range(50):
         other = best(g, e) * np.exp(0.3 * rng.standard_normal(64))

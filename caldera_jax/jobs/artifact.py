@@ -11,7 +11,8 @@ are compressed, as a layer is: ``embed.q.codes``, and ``layers`` has ``embed``.
 
 **The arrays of a layer** W [m, n] ≈ Uᵀ (Q + L R) V.  A part that is off (Q, or L and R) has none.
 
-    q.codes     uint8 [m, bytes]    row i of Q: ceil(n / g) codes of b bits, lowest bits and bytes first;
+    q.codes     uint8 [m, bytes]    row i of Q (column i, of a Trellis): ceil(n / g) codes of b bits, lowest bits and
+                                    bytes first;
                                     rows end on whole bytes, and the last code may stand for numbers beyond n
     q.scale     float32 [1, 1]      what the decoded numbers are multiplied by; [m, ceil(n / group)] for a grid with a
                                     ``group``: one for each so many columns of a row
@@ -20,8 +21,7 @@ are compressed, as a layer is: ``embed.q.codes``, and ``layers`` has ``embed``.
     left_side   uint8 [ceil(m / 8)]  U = T diag(s): a bit an output, the lowest first, 1 for s = -1
     right_side  uint8 [ceil(n / 8)]  V = T diag(s): the same for the inputs
 
-Where outputs count by their importance, ``left_side`` is float16 [m], the s themselves, which are not ±1; without a
-rotation ``left_side.0`` is, and there is no other side.
+Where outputs count by their importance, ``left_side`` is float16 [m], the s themselves, which are not ±1.
 Fine-tuned, ``left_side`` and ``right_side`` are float16 [m] and [n], the s themselves, and ``trained.0`` [r, m] and
 ``trained.1`` [r, n], bfloat16 or float32, are the first r rows of Lᵀ and R, those of the codes the others.
 
@@ -53,7 +53,7 @@ what fills up rows.  With rotation "orthogonal" a side is the Kronecker product 
     Uniform         g = 1, b = bits      2 c / (2^bits - 1) - 1; so has Dithered
     NormalFloat     g = 1, b = bits      level c of the sorted 2^bits: ``codebooks.NormalFloat.levels``
     Half            g = 1, b = 16        the bits of a float16 or bfloat16: ``format``
-    Trellis         b = bits             down the columns: ``q.codes`` is uint8 [n, bytes], a row for each column of Q,
+    Trellis         g = 1, b = bits      down the columns: ``q.codes`` is uint8 [n, bytes], a row for each column of Q,
                                          cut into equal circles of bits: trellis(...) below
     Integers                             coded by a trellis of so many ``states``, above
 
@@ -221,7 +221,8 @@ from caldera_jax.models.llama import LinearRopeScaling, Llama3RopeScaling, Llama
 from caldera_jax.models.weights import Block
 from caldera_jax.packing import row_bytes
 
-FORMAT = 4  # 1 had no trained signs and factors, 2 no integers of free rate, 3 no trained scales; all are read, too
+FORMAT = 5  # 1 had no trained signs and factors, 2 no integers of free rate, 3 no trained scales, 4 no trellis; all are
+# read, too
 MANIFEST = "manifest.json"
 REST = "rest.safetensors"  # embedding, last norm and head
 TOKENIZER = "tokenizer.json"

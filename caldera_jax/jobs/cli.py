@@ -67,7 +67,7 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
             dense or fewer blocks (as of --preset smoke) say otherwise.
         level: the level itself, instead of a budget: the loss in nats goes with its square.
         rank: k of L R in every layer; 0 for Q alone, which is what --bits, --megabytes and --level take by themselves.
-        q_bits: bits of Q: 2, 3 or 4 on the lattice, more on other grids; 0 for L R alone.
+        q_bits: bits of Q: 2, 3 or 4 on the lattice, 1 to 4 on the trellis, more on other grids; 0 for L R alone.
         factor_bits: bits of L and R (one number for both, or two): 2, 3, 4 lattice, 8 scalar, 16 float16.
         blocks: compress only the first so many blocks.
         seed: random seed: of the rotations and of whatever else is random.
@@ -102,6 +102,8 @@ def compress(model: Model, out: Path, preset: Literal["smoke", "default", "paper
         raise ValueError(f"{told}: shares out a budget: give --bits or --megabytes, or leave it out")
     if given and not free and (told := _flags({"rank": rank, "q_bits": q_bits, "factor_bits": factor_bits})):
         raise ValueError(f"{told}: a budget of fixed rates chooses it: leave it out, or the budget")
+    if algorithm.draft is not None and not given and 0 in (rank, q_bits):
+        raise ValueError("--draft: the grid of Q in the rounds of Q and L R, and one of the two is off: leave it out")
     factors = factor_bits[0] if factor_bits is not None and len(factor_bits) == 1 else factor_bits
     base, tokens = PRESETS[preset], lambda kind: {name: getattr(texts, f"{kind}_{name}")
                                                   for name in ("text", "windows", "window")}

@@ -38,10 +38,10 @@ class Algorithm:
     damping: Float = None
     """added to the Hessian, in units of its mean diagonal."""
     quantizer: Str = None
-    """family of Q's grid: e8p, trellis (less error, ten times as long), uniform, dithered or nf; with a budget, rates
-    are then fixed and planned by layer."""
+    """family of Q's grid: e8p, trellis (less error, minutes in place of seconds), uniform, dithered or nf; with a
+    budget, rates are then fixed and planned by layer (on a trellis for an hour)."""
     draft: Str = None
-    """family of Q's grid in all rounds, before Q is rounded once more on its own: e8p beside a trellis."""
+    """family of Q's grid in all rounds but the last: e8p beside --quantizer trellis."""
     factor_quantizer: Str = None
     """family of the factors' grids."""
     factor_rounding: Annotated[Literal["nearest", "feedback"] | None,

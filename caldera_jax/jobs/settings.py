@@ -119,9 +119,9 @@ class RunConfig:
             raise ValueError("importance (outputs='fisher') is asked for at one fixed rate alone: at a level it counts "
                              "always, and a plan of fixed rates does not know it: leave out --importance, or the "
                              "budget")
-        if self.outputs == "fisher" and self.caldera.rotation == "orthogonal":
-            raise ValueError("the importance of outputs is stored in place of signs, and rotation='orthogonal' has "
-                             "none: use --rotation hadamard or none, or leave out --importance")
+        if self.outputs == "fisher" and self.caldera.rotation != "hadamard":
+            raise ValueError("importance scales the rows for a rotation that spreads what Q loses over all alike: use "
+                             f"--rotation hadamard, got {self.caldera.rotation!r}, or leave out --importance")
         if self.level is not None:
             return
         if self.bits is not None and self.activations == "compressed":

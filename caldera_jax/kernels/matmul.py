@@ -44,8 +44,8 @@ Stages = tuple[float, ...]  # weights of the E8P codewords whose sum a code stan
 
 
 class Packed(NamedTuple):
-    """A quantized matrix as it is stored: rows of packed codes (uint8 bytes, or int32 words made by ``words``), and
-    scales, one [1, 1] or one a group [rows, groups]."""
+    """A quantized matrix as it is stored: rows (columns, of a trellis) of packed codes (uint8 bytes, or int32 words
+    made by ``words``), and scales, one [1, 1] or one a group [rows, groups]."""
 
     codes: UInt[Array, "rows bytes"] | Int32[Array, "rows words"]
     scale: Float[Array, "_ _"]
