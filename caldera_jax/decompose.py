@@ -74,8 +74,9 @@ class CalderaConfig:
             raise ValueError(f"factor_bits must be an integer or a tuple of two (L, R), got {self.factor_bits!r}")
         if not (self.q_grid or self.rank):  # q_grid raises for bits that are not offered
             raise ValueError("rank=0 and q_bits=0 leave nothing: switch on one of them")
-        if any(map(down, self.factor_grids)):  # which raises for bits that are not offered
+        if self.factor_quantizer == "trellis" or down(self.factor_quantizer):
             raise ValueError("a trellis is a grid of Q, whose columns are long: give factor_quantizer another family")
+        _ = self.factor_grids  # raises for bits that are not offered
         if self.draft is not None and self.q_grid and self.rounds.q_grid == self.q_grid:
             raise ValueError(f"draft is the grid of Q itself, {self.q_grid}: name another, or leave it out")
         if self.draft is not None and self.rank and self.q_grid and self.outer_iterations < 2:
