@@ -148,7 +148,8 @@ def test_a_draft_means_nothing_without_rounds(off):
 
 
 @pytest.mark.parametrize(("more", "said"), [
-    ({"factor_quantizer": "trellis", "factor_bits": 8}, "a trellis is a grid of Q"), ({"factor_quantizer": cj.Trellis(2)}, "grid of Q"),
+    ({"factor_quantizer": "trellis", "factor_bits": 8}, "a trellis is a grid of Q"),
+    ({"factor_quantizer": cj.Trellis(2)}, "a trellis is a grid of Q"),
     ({"draft": "gptq"}, "unknown quantizer 'gptq'"), ({"draft": "e8p"}, "draft is the grid of Q itself"),
     ({"draft": "uniform", "outer_iterations": 1}, "give 2"),
     ({"draft": "e8p", "quantizer": cj.Trellis(1), "q_bits": 1}, "e8p is not offered at 1 bits"),
