@@ -160,14 +160,13 @@ def draw(results: Sequence[Result]):
     states = results[0]["config"]["states"]
     for i, bits in enumerate((1, 2, 3, 4)):
         mean = [np.mean([c[f"{s} states, {bits}"]["above"] for c in coded]) for s in states]
-        left.plot(states, mean, f"C{i}o-", label=f"trellis, {bits} bits")
+        left.plot(states, mean, f"C{i}o-", label=f"trellis, {bits} bit{'s' * (bits > 1)}")
         if bits > 1:
             left.axhline(np.mean([c[f"E8P, {bits}"]["above"] for c in coded]), color=f"C{i}", linestyle=":",
                          label=f"E8P, {bits} bits")
     left.set(xscale="log", xlabel="states", ylabel="bits above the limit", title="unit Gaussian numbers")
     left.set_xticks(states, [*map(str, states)])
     left.set_xticks([], minor=True)
-    left.legend(ncols=2)
     names = list(dict.fromkeys(r["config"]["layer"] for r in results))
     for i, kind in enumerate(KINDS):
         for name, style in (("trellis", "o-"), ("draft", "s:")):
@@ -179,7 +178,10 @@ def draw(results: Sequence[Result]):
     right.plot(names, mean, "C2^--", label="E8P, feedback, downdate")
     right.axhline(1, color="k", linewidth=0.5)
     right.set(ylabel="error over that of E8P", title=f"layers, k = {results[0]['config']['rank']}")
-    right.legend()
+    for panel, place, columns in ((left, "upper right", 2), (right, "upper left", 1)):
+        low, high = panel.get_ylim()
+        panel.set_ylim(top=low + 1.5 * (high - low))
+        panel.legend(loc=place, ncols=columns)
     return figure
 
 

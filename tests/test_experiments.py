@@ -12,7 +12,7 @@ import pytest
 
 from caldera_jax.models import files
 
-BEING_RUN: tuple[str, ...] = ("size", "trellis", "wide")
+BEING_RUN: tuple[str, ...] = ("size", "wide")
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
