@@ -54,19 +54,22 @@ def decode(codes: UInt[Array, "*batch t"], bits: int, states: int, dtype=jnp.flo
     return values(windows(codes, bits, states), dtype)
 
 
-def apart(packed: UInt8[Array, "*batch bytes"], bits: int, states: int) -> list[Int32[Array, "*batch _"]] | None:
-    """``integers`` of the numbers of a sequence from its bytes: those i, i + p, i + 2 p, … for each i of a period p, in
-    which codes and bytes begin together; None where the sequence is no whole number of periods.
+def period(count: int, bits: int) -> int:
+    """After how many numbers codes and bytes begin together again; 0 for a sequence of so many numbers that is no whole
+    number of periods, or of fewer than three bytes: ``apart`` does not read it."""
+    found = 8 // math.gcd(8, bits)
+    return 0 if count % found or count * bits < 24 else found
 
-    Without a code by itself: a state is some bits of three bytes.
+
+def apart(packed: UInt8[Array, "*batch bytes"], bits: int, states: int) -> list[Int32[Array, "*batch _"]]:
+    """``integers`` of the numbers of a sequence from its bytes: numbers i, i + p, i + 2 p, … for each i of a ``period``
+    p.  Without a code by itself: a state is some bits of three bytes.
     """
-    count, step = packed.shape[-1] * 8 // bits, bits if bits == 3 else 1  # bytes of a period
-    if packed.shape[-1] % step or packed.shape[-1] < 3:
-        return None
-    mask = jnp.uint32((1 << _log(count, bits, states)) - 1)
+    count = packed.shape[-1] * 8 // bits
+    numbers, mask = period(count, bits), jnp.uint32((1 << _log(count, bits, states)) - 1)
     first, second, third = (jnp.roll(packed, -i, axis=-1).astype(jnp.uint32) for i in range(3))
-    words = first | second << 8 | third << 16
-    places = [divmod(bits * i, 8) for i in range(8 * step // bits)]
+    words, step = first | second << 8 | third << 16, numbers * bits // 8
+    places = [divmod(bits * i, 8) for i in range(numbers)]
     return [integers(words[..., byte::step] >> bit & mask) for byte, bit in places]
 
 

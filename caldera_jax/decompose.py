@@ -66,7 +66,7 @@ class CalderaConfig:
                             ("damping", 0)):
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}; give a finite number")
-        for name in ("quantizer", "factor_quantizer", *(["draft"] if self.draft is not None else [])):
+        for name in ("quantizer", "factor_quantizer", *("draft",) * (self.draft is not None)):
             if not isinstance(getattr(self, name), str | Codebook):
                 raise ValueError(f"{name} must be the name of a family or a Codebook, got {getattr(self, name)!r}")
         pair = self.factor_bits if isinstance(self.factor_bits, tuple) else (self.factor_bits,) * 2
@@ -77,10 +77,11 @@ class CalderaConfig:
         if self.factor_quantizer == "trellis" or down(self.factor_quantizer):
             raise ValueError("a trellis is a grid of Q, whose columns are long: give factor_quantizer another family")
         _ = self.factor_grids  # raises for bits that are not offered
-        if self.draft is not None and self.q_grid and self.rounds.q_grid == self.q_grid:
-            raise ValueError(f"draft is the grid of Q itself, {self.q_grid}: name another, or leave it out")
-        if self.draft is not None and self.rank and self.q_grid and self.outer_iterations < 2:
-            raise ValueError("a draft is for all rounds but the last, and outer_iterations=1 leaves none: give 2")
+        if self.draft is not None and self.q_grid:
+            if self.rounds.q_grid == self.q_grid:
+                raise ValueError(f"draft is the grid of Q itself, {self.q_grid}: name another, or leave it out")
+            if self.rank and self.outer_iterations < 2:
+                raise ValueError("a draft is for all rounds but the last, and outer_iterations=1 leaves none: give 2")
 
     @property
     def q_grid(self) -> Codebook | None:

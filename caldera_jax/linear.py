@@ -162,10 +162,9 @@ def _decode(grid, part, width, height=None):
         return None
     if isinstance(part, Levelled):
         return part.dense(part.level.dtype)
-    found = jnp.asarray(part.codes)
-    found = unpack(found, grid.code_bits, height).T if down(grid) else unpack(found, grid.code_bits,
-                                                                              -(-width // grid.block))
-    return dequantize(grid, found, jnp.asarray(part.scale), width)
+    count = height if down(grid) else -(-width // grid.block)
+    found = unpack(jnp.asarray(part.codes), grid.code_bits, count)
+    return dequantize(grid, found.T if down(grid) else found, jnp.asarray(part.scale), width)
 
 
 def apply(weight: Array | np.ndarray | CompressedLinear,
@@ -347,11 +346,10 @@ def _tiles(grid, part, m, n):
 def _columns(grid, part, m):
     """``_tiles`` of a grid that runs down the columns; a trellis' numbers as they come out of whole bytes."""
     t, scale = bitshift.length(m), jnp.asarray(part.scale)
-    if type(grid) is Trellis and not t * grid.bits % 8:
+    if type(grid) is Trellis and (period := bitshift.period(t, grid.bits)):
         in_units = lambda codes: bitshift.apart(codes.reshape(len(codes), m // t, -1), grid.bits, grid.states)
-        if (period := len(jax.eval_shape(in_units, part.codes) or ())):
-            decode = lambda codes: jnp.concatenate([one.reshape(len(codes), -1) for one in in_units(codes)], axis=1)
-            return Columns((part.codes,), decode, scale * jnp.asarray(bitshift.UNIT, scale.dtype), period)
+        decode = lambda codes: jnp.concatenate([one.reshape(len(codes), -1) for one in in_units(codes)], axis=1)
+        return Columns((part.codes,), decode, scale * jnp.asarray(bitshift.UNIT, scale.dtype), period)
     return Columns((part.codes,), lambda codes: _decode(grid, Packed(codes, jnp.ones_like(scale)), len(codes), m).T,
                    scale)
 
@@ -538,13 +536,18 @@ def _pipeline(key, w, h, config, rows, g):
     rotate_key, key = jax.random.split(key)
     outputs = None
     if g is not None:
-        outputs = 1 / jnp.sqrt(row_scales(g, jnp.mean((w / jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)) ** 2, axis=1)))
+        outputs = 1 / jnp.sqrt(row_scales(g, jnp.mean((w / _peak(w)) ** 2, axis=1)))
         outputs = outputs.astype(jnp.float16)
         w = w / outputs.astype(w.dtype)[:, None]
-    peak = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
+    peak = _peak(w)
     scale = peak * jnp.maximum(jnp.sqrt(jnp.mean((w / peak) ** 2)), 1e-6)  # no square leaves the range of the dtype
     rotated, h, rotation = incoherence.rotate(rotate_key, w / scale, h, config.rotation)
     if rows is not None:  # the rotation of the outputs mixes rows: spread them again
         rotated = lax.with_sharding_constraint(rotated, rows)
     decomposition, trace = caldera(key, rotated, hessian.factor(h, config.damping, config.block), config)
     return pack(decomposition, rotation, config, scale, outputs), trace
+
+
+def _peak(w):
+    """The largest magnitude, and no zero."""
+    return jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)

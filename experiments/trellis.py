@@ -5,14 +5,14 @@ also with the factors rounded with feedback and the downdate.  Errors are on the
 layer q has the codes by themselves, too: error on Gaussian numbers (the seed varies them) and seconds.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from devices import timed
 from drawing import axes
 from machinery import Experiment, Result, layers, with_interval
 from outer import Found, side, where
@@ -87,29 +87,14 @@ def codes(config: Config) -> dict[str, Result]:
     found = {}
     for name, grid in grids.items():
         bits = grid.code_bits // grid.block
-        error, taken = encoded(grid, x)
+        error = float(jnp.mean((_QUANTIZE(grid, x).values - x) ** 2))
+        taken = timed(partial(quantize, grid), [(x,)], 0.1)["seconds"]
         found[name] = {"bits": bits, "error": error, "above": bits + float(np.log2(error)) / 2,
                        "encode_us": 1e6 * taken / x.size, "apply_ms": 1e3 * applied(grid, config.seed)}
     return found
 
 
-def encoded(grid: Codebook, x: jax.Array) -> tuple[float, float]:
-    """Mean squared error, and the median seconds of three calls."""
-    values = _QUANTIZE(grid, x).values
-    return float(jnp.mean((values - x) ** 2)), seconds(lambda: _QUANTIZE(grid, x).values, 3)
-
-
-def seconds(call: Callable[[], jax.Array], count: int) -> float:
-    """Median of so many calls, the first not counted."""
-    found = []
-    for _ in range(count + 1):
-        start = time.perf_counter()
-        call().block_until_ready()
-        found.append(time.perf_counter() - start)
-    return float(np.median(found[1:]))
-
-
-_QUANTIZE, _APPLY = jax.jit(quantize, static_argnums=0), jax.jit(cj.apply)
+_QUANTIZE = jax.jit(quantize, static_argnums=0)
 
 
 def applied(grid: Codebook, seed: int, m: int = 1536, n: int = 576) -> float:
@@ -119,7 +104,7 @@ def applied(grid: Codebook, seed: int, m: int = 1536, n: int = 576) -> float:
     q = Packed(jnp.asarray(packed), jnp.ones((1, 1), jnp.float32))
     layer = cj.CompressedLinear(q, None, None, (), (), (m, n), (grid, grid, grid))
     x = jnp.asarray(rng.standard_normal((1, n)), jnp.float32)
-    return seconds(lambda: _APPLY(layer, x), 25)
+    return timed(cj.apply, [(layer, x)], 0.1)["seconds"]
 
 
 def ratios(results: Sequence[Result]) -> dict[str, Found]:

@@ -95,9 +95,9 @@ def test_from_bytes_come_the_numbers_that_come_from_codes(bits, t, states):
     np.testing.assert_allclose(found, bitshift.decode(codes, bits, states, jnp.float64), atol=1e-14)
 
 
-@pytest.mark.parametrize(("bits", "count"), [(2, 2), (3, 4), (3, 2)])
-def test_bytes_that_are_no_whole_periods_are_left_to_the_codes(bits, count):
-    assert bitshift.apart(jnp.zeros((1, count), jnp.uint8), bits, 4096) is None
+@pytest.mark.parametrize(("bits", "count"), [(1, 28), (2, 8), (2, 14), (3, 10), (3, 4), (4, 13)])
+def test_sequences_of_no_whole_periods_or_of_two_bytes_are_left_to_the_codes(bits, count):
+    assert bitshift.period(count, bits) == 0
 
 
 @pytest.mark.parametrize(("states", "most", "columns"), [(256, 0.0850, 48), (4096, 0.0735, 48), (65536, 0.0700, 8)])

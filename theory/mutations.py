@@ -296,7 +296,7 @@ MUTATIONS = (
     *of("row_scales::test_the_package_scales_rows_so",
         ("caldera_jax/linear.py", "jnp.sqrt(floored(g) / floored(energy))", "jnp.sqrt(floored(g) * floored(energy))")),
     *of("row_scales::test_measured_losses_are_those_predicted",
-        ("theory/row_scales.py", "(1 - C) * np.mean(squares * e)", "np.mean(squares) * np.mean(e)")),
+        ("theory/row_scales.py", "(1 - c) * np.mean(squares * e)", "np.mean(squares) * np.mean(e)")),
 )
 
 

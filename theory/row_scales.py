@@ -12,8 +12,8 @@ unit numbers, and each of its points is the mean of what is rounded to it; T is 
     of √(g e) in place of the arithmetic one.
 
 Assumptions.  U spreads rows of any size evenly (a randomized Hadamard transform does, nearly), so that what is rounded
-has the mean square mean(s² e) in every row; L R is off.  E8P's points are such means
-nearly, and so are a trellis', at 2 bits.
+has the mean square mean(s² e) in every row; L R is off.  E8P's points, and a
+trellis', are such means nearly at 2 bits.
 
 Proof.  (1) The error of such a code is −c times the number, and noise of c − c² that is not related to it.  The noise
 is of one size in all rows, also after Uᵀ, and divided by s_i: mean(s² e) / s_i².  The rest is −c times the row itself,
@@ -51,12 +51,10 @@ class Config:
     seed: int = 0
 
 
-C = rounding_error(E8P())
-
-
 def ratio(g: np.ndarray, e: np.ndarray, squares: np.ndarray) -> float:
     """The loss of scales with these s² over that of s = 1, by (1)."""
-    lost = lambda squares: (1 - C) * np.mean(squares * e) * np.mean(g / squares) + C * np.mean(g * e)
+    c = rounding_error(E8P())
+    lost = lambda squares: (1 - c) * np.mean(squares * e) * np.mean(g / squares) + c * np.mean(g * e)
     return float(lost(squares) / lost(np.ones(len(g))))
 
 
@@ -74,7 +72,7 @@ def loss(w: np.ndarray, h: np.ndarray, g: np.ndarray, squares: np.ndarray, seed:
 
 def weighted(e: np.ndarray, h: np.ndarray, g: np.ndarray) -> float:
     """Σ_i g_i E_i H E_iᵀ."""
-    return float(g @ np.sum((e @ h) * e, axis=1))
+    return common.loss(np.sqrt(g)[:, None] * e, h)
 
 
 def instance(config: Config, spread: float, correlation: float) -> tuple[np.ndarray, np.ndarray]:
@@ -129,9 +127,10 @@ def test_no_scales_do_better_than_the_best_and_a_common_factor_does_nothing():
     rng = np.random.default_rng(1)
     g, e = np.exp(rng.standard_normal((2, 64)))
     least = ratio(g, e, best(g, e))
-    own = C * np.mean(g * e)
-    assert least == pytest.approx(((1 - C) * np.mean(np.sqrt(g * e)) ** 2 + own)
-                                  / ((1 - C) * np.mean(g) * np.mean(e) + own), rel=1e-12)
+    c = rounding_error(E8P())
+    own = c * np.mean(g * e)
+    assert least == pytest.approx(((1 - c) * np.mean(np.sqrt(g * e)) ** 2 + own)
+                                  / ((1 - c) * np.mean(g) * np.mean(e) + own), rel=1e-12)
     assert ratio(g, e, 7 * best(g, e)) == pytest.approx(least, rel=1e-12)
     for _ in range(50):
         other = best(g, e) * np.exp(0.3 * rng.standard_normal(64))

@@ -46,7 +46,7 @@ class Algorithm:
     """family of the factors' grids."""
     factor_rounding: Annotated[Literal["nearest", "feedback"] | None,
                                arg(metavar="{nearest,feedback}", help_behavior_hint="")] = None
-    """of L and R: to the nearest, as in the paper, or with feedback, after which the downdate harms no longer."""
+    """of L and R: to the nearest, as in the paper, or with feedback, which takes much of what rounding them costs."""
     importance: Annotated[Literal["fisher", "none"] | None,
                           arg(metavar="{fisher,none}", help_behavior_hint="")] = None
     """of outputs: by the gradients of the loss, or all alike, as in the paper; 16 bits an output. With free rates they
